@@ -47,7 +47,7 @@ def show_images(xs, # sequence of images
     cols = cols or len(xs)
     rows = -(-len(xs)//cols)
     aspect = max(to_image(x).shape[1]/to_image(x).shape[0] for x in xs)
-    axes = plt.subplots(rows, cols, figsize=(size*aspect*cols, size*rows + .2), dpi=72, squeeze=False)[1].flat
+    axes = plt.subplots(rows, cols, figsize=(size*aspect*cols, (size + .2*bool(titles))*rows), dpi=72, squeeze=False)[1].flat
     for ax in axes: ax.set_axis_off()
     for i, x in enumerate(xs): show_image(x, axes[i], titles[i] if titles else None, **kwargs)
     plt.tight_layout(pad=.3)
