@@ -126,11 +126,11 @@ def _draw_ground(size, rng):
     below = y > horizon                                            # (S,S)
     return np.where(below[..., None], layers[1], layers[0]), np.where(below, lower, upper)
 
-def _draw_object(image, semantic, instance, number, rng):
-    "Paints one object over a scene, in place."
-    size, c = len(image), rng.integers(len(_objects))
+def _draw_object(image, semantic, instance, number, c, rng):
+    "Paints one object of class c over a scene, in place."
+    size = len(image)
     shape, texture, hue = list(_objects.values())[c]
-    radius, angle = rng.uniform(8, 22)*size/96, rng.uniform(0, 2*np.pi)
+    radius, angle = rng.uniform(9, 24)*size/96, rng.uniform(0, 2*np.pi)
     cy, cx = rng.uniform(0, size, 2)
     y, x = (slice(max(0, int(m - radius)), int(m + radius) + 1) for m in (cy, cx))
     dy, dx = np.mgrid[:size, :size][:, y, x] - np.array([cy, cx])[:, None, None]  # (h,w) each
@@ -144,8 +144,8 @@ def _light(image, rng):
     size = len(image)
     y, x = np.mgrid[:size, :size]/size - .5
     angle = rng.uniform(0, 2*np.pi)
-    fall = 1 + rng.uniform(0, .6)*(np.cos(angle)*x + np.sin(angle)*y)
-    light = rng.uniform(.7, 1.2)*rng.uniform(.85, 1.15, 3)*fall[..., None]  # (S,S,3)
+    fall = 1 + rng.uniform(0, 1)*(np.cos(angle)*x + np.sin(angle)*y)
+    light = rng.uniform(.5, 1.3)*rng.uniform(.85, 1.15, 3)*fall[..., None]  # (S,S,3)
     return ((image*light + rng.normal(0, .02, image.shape)).clip(0, 1)*255).astype(np.uint8)
 
 # %% ../nbs/01_data.ipynb #01-31
@@ -165,7 +165,8 @@ class Scenes:
         rng = np.random.default_rng((self.seed, i))
         image, semantic = _draw_ground(self.size, rng)             # (S,S,3), (S,S)
         instance = np.zeros_like(semantic)
-        for k in range(rng.integers(*self.objects, endpoint=True)): _draw_object(image, semantic, instance, k+1, rng)
+        kinds = rng.choice(len(_objects), rng.integers(2, 4), replace=False)  # two or three kinds
+        for k in range(rng.integers(*self.objects, endpoint=True)): _draw_object(image, semantic, instance, k+1, rng.choice(kinds), rng)
         image = torch.from_numpy(_light(image, rng)).permute(2, 0, 1).contiguous()  # (3,S,S)
         return image, torch.from_numpy(semantic), torch.from_numpy(instance)
 

@@ -80,7 +80,7 @@ def overlap(box, # (B,2,4) as (top, left, height, width) in pixels of the photo
     if rule not in ('area', 'floor'): raise ValueError(f"rule must be 'area' or 'floor', got {rule!r}")
     return (_overlap_area if rule == 'area' else _overlap_floor)(box, flip, *_grid(grid))
 
-# %% ../nbs/04_matching.ipynb #04-24
+# %% ../nbs/04_matching.ipynb #04-26
 def _fraction(point, start, length):
     "Place of points as a fraction of the other view's extent along one axis, (B,2,n)."
     return (point - start.flip(1)[..., None])/length.flip(1)[..., None]
@@ -109,7 +109,7 @@ def match_coord(box, # (B,2,4) as (top, left, height, width) in pixels of the ph
     if max_dist is not None: valid &= _within(box, cell_centres(box, flip, grid), index, grid, max_dist)
     return index, valid
 
-# %% ../nbs/04_matching.ipynb #04-30
+# %% ../nbs/04_matching.ipynb #04-32
 @torch.no_grad()
 def match_sim(f_q, # (N,C,h,w) backbone features of the query view
               f_k): # (N,C,h,w) backbone features of the key view

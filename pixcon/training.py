@@ -64,6 +64,7 @@ class Config:
     warmup_epochs: float = 4.  # linear warm-up
     twin_start: float = .99    # the twin's first momentum
     min_scale: float = .08     # smallest share of a photo's area in a view
+    blur_sigma: float = 2.     # largest sigma of the blur in pixels of a view
     seed: int = 0              # of everything random
     scenes: int = 256          # how many built-in scenes
     scene_size: int = 96       # their side in pixels
@@ -76,14 +77,14 @@ class Config:
 # %% ../nbs/08_training.ipynb #08-10
 RECIPES = dict(
     paper=dict(),
-    small=dict(backbone='resnet18', stride=8, size=64, queue=256, hidden=256, dim=64, epochs=60, batch=64, optimizer='adamw', lr=2e-3,
-               weight_decay=1e-2, warmup_epochs=2., twin_start=.95, log_steps=4))
+    small=dict(backbone='shufflenet_v2_x1_0', stride=8, size=64, min_scale=.25, blur_sigma=.6, queue=256, hidden=256, dim=64, epochs=60, batch=64,
+               optimizer='adamw', lr=4e-3, weight_decay=1e-2, warmup_epochs=2., twin_start=.95, log_steps=4))
 
 # %% ../nbs/08_training.ipynb #08-12
 _choices = dict(recipe=('auto', *RECIPES), matching=('sim', 'coord'), queue_start=('empty', 'random'), overlap_rule=('area', 'floor'),
                 optimizer=('sgd', 'adamw'), amp=('auto', 'off', 'bf16', 'fp16'), cache=('auto', 'ram', 'off'))
 _least = dict(stride=0, size=8, dense_weight=0, tau=1e-4, power=1e-3, queue=1, max_dist=0, hidden=1, dim=2, epochs=1, batch=2, lr=1e-12,
-              weight_decay=0, warmup_epochs=0, twin_start=0, min_scale=1e-4, seed=0, scenes=2, scene_size=16, workers=-1, log_steps=1, save_minutes=0)
+              weight_decay=0, warmup_epochs=0, twin_start=0, min_scale=1e-4, blur_sigma=.1, seed=0, scenes=2, scene_size=16, workers=-1, log_steps=1, save_minutes=0)
 _most = dict(dense_weight=1, twin_start=1, min_scale=1)
 _words = {'on': True, 'true': True, 'yes': True, 'off': False, 'false': False, 'no': False}
 
@@ -108,7 +109,7 @@ def check(given): # dict of parameters by name; None means: not given
     kinds = {f.name: f.type for f in fields(Config)}
     for name in given:
         close = difflib.get_close_matches(name, kinds, 1)
-        if name not in kinds: raise ValueError(f"unknown parameter {name!r}{f', did you mean {close[0]!r}?' if close else ''} There are: {', '.join(kinds)}")
+        if name not in kinds: raise ValueError(f"unknown parameter {name!r}{f', did you mean {close[0]!r}?' if close else '.'} There are: {', '.join(kinds)}")
     typed = {n: _typed(n, v, kinds[n]) for n, v in given.items() if v is not None}
     for n, v in typed.items(): _in_range(n, v)
     return typed
@@ -188,7 +189,7 @@ class Run:
         self.model = _build(config).to(self.device, memory_format=torch.channels_last if self.dtype else torch.contiguous_format)
         self.optimizer = _optimizer(config, self.model)
         self.scaler = torch.amp.GradScaler(self.device, enabled=self.dtype == torch.float16)
-        self.photometric = Photometric().to(self.device)
+        self.photometric = Photometric(sigma=(.1, config.blur_sigma)).to(self.device)
         self.images = images
 
 def _build(c):

@@ -1,0 +1,52 @@
+"""train.ipynb as a user runs it: headless, with parameters, right and wrong ones."""
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SMALL = dict(scenes=16, batch=8, epochs=2, hidden=32, dim=16)
+
+
+def papermill(folder, timeout=300, **parameters):
+    "Runs the training notebook in a folder; returns the finished process."
+    flags = [a for n, v in parameters.items() for a in ('-p', n, str(v))]
+    env = {k: v for k, v in os.environ.items() if k not in ('IN_TEST', 'PIXCON_DATA')}
+    return subprocess.run(['papermill', ROOT/'nbs'/'train.ipynb', 'out.ipynb', '--no-progress-bar', *flags], cwd=folder, env=env,
+                          capture_output=True, text=True, timeout=timeout)
+
+
+def test_trains_and_continues(tmp_path):
+    "From any directory; the override takes effect; all files are there; a second run continues; nothing is left in nbs/."
+    before = sorted(p.name for p in (ROOT/'nbs').iterdir() if not p.name.startswith('.'))
+    first = papermill(tmp_path, **SMALL)
+    assert first.returncode == 0, first.stderr[-3000:]
+    run, = (tmp_path/'runs').iterdir()
+    assert run.name == 'scenes-sr-2ep-seed0'
+    assert {p.name for p in run.iterdir()} == {'backbone.safetensors', 'checkpoint.pt', 'config.json', 'figures', 'log.jsonl', 'summary.json'}
+    assert {p.name for p in (run/'figures').iterdir()} == {'views.png', 'loss.png', 'health.png', 'matches.png', 'probe.png'}
+    assert json.loads((run/'config.json').read_text())['epochs'] == 2
+    summary = json.loads((run/'summary.json').read_text())
+    assert summary['steps'] == 4 and 0 < summary['probe_random'] < 100 and 0 < summary['probe_trained'] < 100 and summary['images_per_s'] > 0
+    log = (run/'log.jsonl').read_text()
+    second = papermill(tmp_path, **{**SMALL, 'epochs': 4}, out=run)
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert (run/'log.jsonl').read_text().startswith(log) and json.loads((run/'summary.json').read_text())['steps'] == 8
+    assert sorted(p.name for p in (ROOT/'nbs').iterdir() if not p.name.startswith('.')) == before
+
+
+@pytest.mark.parametrize('wrong,message', [
+    (dict(epochz=8), "unknown parameter 'epochz', did you mean 'epochs'?"),
+    (dict(epochs='many'), "epochs must be a whole number, got 'many'"),
+    (dict(matching='near'), "matching must be one of 'sim', 'coord', got 'near'"),
+    (dict(data='/no/such/folder'), "'/no/such/folder' is no folder"),
+])
+def test_wrong_parameter_stops_at_once(tmp_path, wrong, message):
+    "Within seconds, before any work, with a message that names it."
+    start = time.time()
+    stopped = papermill(tmp_path, timeout=120, **wrong)
+    assert stopped.returncode != 0 and message in stopped.stderr
+    assert time.time() - start < 90
+    assert not (tmp_path/'runs').exists()
