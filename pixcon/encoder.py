@@ -13,37 +13,47 @@ import torch.nn as nn
 import torchvision
 
 # %% ../nbs/03_encoder.ipynb #03-09
+_heads = {'avgpool', 'dropout', 'flatten', 'fc', 'classifier', 'head', 'heads', 'aux1', 'aux2', 'AuxLogits'}
+
 def _parts(net):
-    "The parts of a torchvision model in order, by name, up to where it stops making maps."
-    parts = OrderedDict(net.named_children())
-    if 'features' in parts: return [(f'features.{n}', m) for n, m in parts['features'].named_children()]
-    return [(n, m) for n, m in parts.items() if n not in ('avgpool', 'fc', 'classifier', 'AuxLogits', 'head', 'heads')]
+    "Name and module of the parts of a torchvision model in order, without those that classify."
+    found = []
+    for name, part in net.named_children():
+        inside = name == 'features' or isinstance(part, nn.ModuleList)
+        if name not in _heads: found += [(f'{name}.{n}', m) for n, m in part.named_children()] if inside else [(name, part)]
+    return found
 
 @torch.no_grad()
-def _strides(parts, size=224):
-    "Stride of the map after each part, measured on a blank image; None from where the result is no map any more."
+def _maps(parts, size=224):
+    "Stride of the map after each part, and whether it has its channels last, measured on a blank image."
     x, found = torch.zeros(1, 3, size, size), []
-    for _, part in parts:
+    for name, part in parts:
         try: x = part.eval()(x)
-        except (RuntimeError, ValueError, TypeError): x = None
-        if not isinstance(x, torch.Tensor) or x.ndim != 4: return found
-        found.append(size//x.shape[2])
+        except (RuntimeError, AssertionError, TypeError): x = None
+        if getattr(x, 'ndim', 0) != 4: raise ValueError(f"its part {name!r} gives no feature map (N,C,h,w)")
+        found.append((size//x.shape[2], x.shape[1] == x.shape[2] != x.shape[3]))
     return found
 
 # %% ../nbs/03_encoder.ipynb #03-11
-def _cut(parts, keep):
-    "The first parts as one module; `features.3` becomes part 3 of a module named `features`."
-    if not keep[0][0].startswith('features.'): return nn.Sequential(OrderedDict(keep))
-    return nn.Sequential(OrderedDict(features=nn.Sequential(OrderedDict((n.split('.')[1], m) for n, m in keep))))
+def _nest(parts):
+    "Parts in sequence; `features.3` becomes part 3 of a part named `features`."
+    nested = OrderedDict()
+    for name, part in parts:
+        top, _, rest = name.partition('.')
+        if rest: nested.setdefault(top, nn.Sequential()).add_module(rest, part)
+        else: nested[top] = part
+    return nn.Sequential(nested)
 
 def _from_torchvision(name, stride):
     "A torchvision model up to its last map of the wanted stride."
     parts = _parts(torchvision.models.get_model(name, weights=None))
-    strides = _strides(parts)
-    if not strides: raise ValueError(f"{name!r} makes no feature map that can be cut out; try a timm model of that kind")
+    try: strides, channels_last = zip(*_maps(parts))
+    except ValueError as e: raise ValueError(f"{name!r} can't be used as a backbone: {e}; perhaps timm has one of its kind") from None
     stride = stride or strides[-1]
     if stride not in strides: raise ValueError(f"{name!r} has no map of stride {stride}, it has {sorted(set(strides))}")
-    return _cut(parts, parts[:len(strides) - strides[::-1].index(stride)]).train()
+    last = max(i for i, s in enumerate(strides) if s == stride)
+    keep = parts[:last+1] + ([('channels_first', torchvision.ops.Permute([0, 3, 1, 2]))] if channels_last[last] else [])
+    return _nest(keep).train()
 
 # %% ../nbs/03_encoder.ipynb #03-13
 class _FirstMap(nn.Module):

@@ -50,7 +50,7 @@ def show_images(xs, # sequence of images
     axes = plt.subplots(rows, cols, figsize=(size*aspect*cols, (size + .2*bool(titles))*rows), dpi=72, squeeze=False)[1].flat
     for ax in axes: ax.set_axis_off()
     for i, x in enumerate(xs): show_image(x, axes[i], titles[i] if titles else None, **kwargs)
-    plt.tight_layout(pad=.3)
+    plt.tight_layout(pad=.3, h_pad=1.4 if titles else .3)
     return list(axes)
 
 # %% ../nbs/00_plot.ipynb #00-14
