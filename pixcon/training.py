@@ -92,8 +92,8 @@ def _typed(name, value, kind):
     "Value as the type of its field, or a TypeError that says what was wrong."
     if kind is bool and str(value).lower() in _words: return _words[str(value).lower()]
     if kind is str and isinstance(value, (str, int, os.PathLike)) and not isinstance(value, bool): return str(value)
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool): return float(value)
-    if kind is int and isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value): return int(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if number and (kind is float or kind is int and value == int(value)): return kind(value)
     want = dict(bool='on or off', str='a word', float='a number', int='a whole number')[kind.__name__]
     raise TypeError(f"{name} must be {want}, got {value!r}")
 
