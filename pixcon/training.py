@@ -124,8 +124,7 @@ def _default_out(config, images):
     "Folder runs/NAME; beside nbs/ when started from there."
     last = config.data.rstrip(os.sep).split(os.pathsep)[0]
     name = 'scenes' if isinstance(images, Scenes) else Path(last).name.replace('*', '') or 'images'
-    base = Path.cwd().parent if Path.cwd().name == 'nbs' else Path.cwd()
-    return str(base/'runs'/f'{name}-{variant(config)}-{config.epochs}ep-seed{config.seed}')
+    return str(Path('..' if Path.cwd().name == 'nbs' else '')/'runs'/f'{name}-{variant(config)}-{config.epochs}ep-seed{config.seed}')
 
 def configure(**given): # parameters by name, None for those left to the recipe
     "Checked and complete parameters, and the images they name: (Config, images)."
