@@ -130,5 +130,5 @@ def make_twin(online): # nn.Module
 
 @torch.no_grad()
 def update_twin(online, twin, momentum): # momentum: weight of the twin's old parameters
-    "Moves every parameter of the twin towards the online one, all in one call; buffers stay the twin's own (PixCon, section 3)."
+    "Moves every parameter of the twin towards the online one, all in one call; buffers stay the twin's own."
     torch._foreach_lerp_(list(twin.parameters()), list(online.parameters()), 1-momentum)

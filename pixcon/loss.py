@@ -73,7 +73,7 @@ def info_nce(q, # (M,D) queries, unit length
              pos, # (M,D) the positive of each query, unit length
              queue, # (K,D) negatives, unit length; none gives a loss of 0
              tau=.2): # temperature
-    "InfoNCE of each query against one positive and a queue of negatives, (M,), with gradient to q and pos (PixCon, section 3)."
+    "InfoNCE of each query against one positive and a queue of negatives, (M,), with gradient to q and pos."
     if not tau > 0: raise ValueError(f"tau must be above 0, got {tau}")
     if not len(queue): return 0.*q.float().sum(1)
     device, dtype = q.device.type, q.dtype

@@ -76,7 +76,7 @@ def overlap(box, # (B,2,4) as (top, left, height, width) in pixels of the photo
             flip, # (B,2) bool
             grid, # cells a side, or (h,w)
             rule='area'): # 'area': at least half of the cell is shared; 'floor': as the released code
-    "Which cells of each view lie in the part of the photo that both views see, (B,2,h,w) bool (PixCon, section 3)."
+    "Which cells of each view lie in the part of the photo that both views see, (B,2,h,w) bool."
     if rule not in ('area', 'floor'): raise ValueError(f"rule must be 'area' or 'floor', got {rule!r}")
     return (_overlap_area if rule == 'area' else _overlap_floor)(box, flip, *_grid(grid))
 
@@ -113,7 +113,7 @@ def match_coord(box, # (B,2,4) as (top, left, height, width) in pixels of the ph
 @torch.no_grad()
 def match_sim(f_q, # (N,C,h,w) backbone features of the query view
               f_k): # (N,C,h,w) backbone features of the key view
-    "Most similar key cell of each query cell and their cosine: (N,S) long, (N,S). No gradient flows (PixCon, section 3)."
+    "Most similar key cell of each query cell and their cosine: (N,S) long, (N,S). No gradient flows."
     with torch.autocast(f_q.device.type, enabled=False):
         f_q, f_k = (F.normalize(f.detach().float().flatten(2), dim=1) for f in (f_q, f_k))  # (N,C,S)
         similarity, index = (f_q.mT @ f_k).max(-1)                 # (N,S,S) -> (N,S)

@@ -12,7 +12,7 @@ import torch
 def semantic_weights(sim, # (N,S) cosine of each query cell's best match
                      inside=None, # (N,S) bool, True where the other view sees the cell too; None: no cell is treated as shared
                      power=2.): # gamma, above 1 lowers the middle
-    "Weight of each query cell, (N,S): 1 inside, rescaled similarity outside, finite always (PixCon-SR, section 3)."
+    "Weight of each query cell, (N,S): 1 inside, rescaled similarity outside, finite always (PixCon-SR)."
     if not power > 0: raise ValueError(f"power must be above 0, got {power}")
     if inside is None: return sim**power
     low = sim.amin(1, keepdim=True)                                # (N,1)

@@ -25,12 +25,12 @@ from .model import PixCon
 def ema_momentum(step, # optimizer steps made so far
                  total, # steps of the whole run
                  start=.99, end=1.):
-    "Momentum of the twin at a step (PixCon, section 4)."
+    "Momentum of the twin at a step."
     return end - (end - start)*(math.cos(math.pi*step/total) + 1)/2
 
 def learning_rate(step, steps_per_epoch, epochs, lr, # lr: the highest rate
                   warmup_epochs=4, warmup_start=1e-4): # epochs of linear growth, share of lr it starts from
-    "Learning rate at a step: cosine by epoch, times linear warm-up by step (PixCon, section 4)."
+    "Learning rate at a step: cosine by epoch, times linear warm-up by step."
     rate = lr*(1 + math.cos(math.pi*(step//steps_per_epoch)/epochs))/2
     warmup = warmup_epochs*steps_per_epoch
     return rate*(1 - (1 - step/warmup)*(1 - warmup_start)) if step < warmup else rate
