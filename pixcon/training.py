@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'ema_momentum', 'learning_rate', 'Config', 'check', 'variant', 'configure', 'Batches', 'precision', 'Run',
-           'enqueued_view', 'photo_work', 'step_cost', 'read_log']
+           'enqueued_view', 'photo_work', 'step_cost', 'read_log', 'write_checkpoint', 'load_pth', 'read_file',
+           'read_run', 'trained_backbone']
 
 # %% ../nbs/08_training.ipynb #08-02
-import copy, difflib, hashlib, json, math, os, time
+import copy, difflib, hashlib, json, math, os, re, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from .augment import Photometric, TwoViews
 from .data import Cached, Scenes, open_images
-from .encoder import feature_shape, library_weights, update_twin
+from .encoder import feature_shape, library_weights, make_backbone, update_twin
 from .loss import info_nce
 from .model import PixCon
 
@@ -336,16 +337,20 @@ def _fingerprint(images):
     names = '\n'.join(p.name for p in getattr(images, 'paths', ()))
     return f"{len(images)} images {hashlib.sha256(names.encode()).hexdigest()[:12]}"
 
-@patch
-def save(self:Run):
-    "Writes the checkpoint, all of it or nothing."
-    state = dict(config=asdict(self.config), images=_fingerprint(self.images), step=self.step, seconds=self.seconds, model=self.model.state_dict(),
-                 optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
-    part = self.out/'checkpoint.part'
+def write_checkpoint(path, state): # file, dict of tensors and plain values
+    "Writes a checkpoint, all of it or nothing."
+    part = path.with_suffix('.part')
     with open(part, 'wb') as f:
         torch.save(state, f)
         f.flush(); os.fsync(f.fileno())
-    os.replace(part, self.out/'checkpoint.pt')
+    os.replace(part, path)
+
+@patch
+def save(self:Run):
+    "Writes the run's checkpoint."
+    state = dict(config=asdict(self.config), images=_fingerprint(self.images), step=self.step, seconds=self.seconds, model=self.model.state_dict(),
+                 optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
+    write_checkpoint(self.out/'checkpoint.pt', state)
 
 @patch
 def load(self:Run):
@@ -363,6 +368,46 @@ def load(self:Run):
     (self.out/'log.jsonl').write_text(''.join(lines))
 
 # %% ../nbs/08_training.ipynb #08-44
+def _reason(e):
+    "What is wrong with a file, from what its reader raised."
+    asked = re.search(r'GLOBAL (\S+)', str(e))
+    if asked: return f"it asks for {asked[1]}, and only tensors are made here"
+    return f"{type(e).__name__}: {str(e).splitlines()[0].split('. ')[0] if str(e) else 'no more to read'}"
+
+def load_pth(path, mmap=False): return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+
+def read_file(path, reader=load_pth): # reader: a function of the path
+    "What a file holds; raises ValueError if it can't be read."
+    if not path.is_file(): raise FileNotFoundError(f"there is no file {str(path)!r}")
+    try: return reader(path)
+    except Exception as e: raise ValueError(f"{str(path)!r} is truncated or not a checkpoint ({_reason(e)})") from e
+
+def read_run(folder, encoder='online'): # run folder; 'online' or 'twin'
+    "Tensors of one encoder's backbone, the run's parameters (dict) and the steps made."
+    folder = Path(folder).expanduser()
+    if encoder not in ('online', 'twin'): raise ValueError(f"encoder must be 'online' or 'twin', got {encoder!r}")
+    path, prefix = folder/'checkpoint.pt', f'{encoder}.backbone.'
+    if not path.is_file(): raise FileNotFoundError(f"{str(folder)!r} is no run folder: there is no checkpoint.pt in it")
+    saved = read_file(path, lambda path: load_pth(path, mmap=True))
+    absent = [n for n in ('config', 'step', 'model') if not isinstance(saved, dict) or n not in saved]
+    if absent: raise ValueError(f"{str(path)!r} is no checkpoint of a run: it has no {', '.join(absent)}")
+    state = {n.removeprefix(prefix): t.clone(memory_format=torch.contiguous_format) for n, t in saved['model'].items() if n.startswith(prefix)}
+    return state, saved['config'], saved['step']
+
+# %% ../nbs/08_training.ipynb #08-45
+def trained_backbone(run, # run folder of train.ipynb
+                     make=make_backbone, # function of name and stride that gives the module
+                     encoder='online'): # or 'twin'
+    "A run's backbone with its weights, and the run's parameters: (module, dict); raises ValueError if a weight does not fit."
+    state, config, _ = read_run(run, encoder)
+    backbone = make(config['backbone'], config['stride'] or None)
+    own = backbone.state_dict()
+    wrong = sorted(own.keys() ^ state.keys()) or [n for n, t in own.items() if t.shape != state[n].shape]
+    if wrong: raise ValueError(f"{len(wrong)} weights of {str(run)!r} don't fit {config['backbone']!r} at stride {config['stride']}, the first is {wrong[0]!r}")
+    backbone.load_state_dict(state)
+    return backbone, config
+
+# %% ../nbs/08_training.ipynb #08-48
 @patch
 def loader(self:Run):
     "Batches from the present step to the end of the run."
@@ -397,7 +442,7 @@ def progress(self:Run, line):
     print(f"step {self.step}/{self.total}, epoch {line['epoch']:.1f}/{self.config.epochs}: loss {line['loss']:.3f} "
           f"(chance {line['loss_chance']:.3f}), {line['images_per_s']:.0f} images/s, {left/60:.1f} min left", flush=True)
 
-# %% ../nbs/08_training.ipynb #08-45
+# %% ../nbs/08_training.ipynb #08-49
 @patch
 def fit(self:Run):
     "Trains to the end of the run, logging and saving on the way; returns the log."
