@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['extensions', 'scene_classes', 'sample_photos', 'stereo_pair', 'read_image', 'find_images', 'ImageList', 'Scenes',
-           'Cached', 'open_images']
+           'Cached', 'scan', 'listed', 'refuse_bad', 'doctor', 'open_images']
 
 # %% ../nbs/01_data.ipynb #01-02
-import os
+import hashlib, os, warnings
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torchvision.io import ImageReadMode, decode_image
@@ -34,16 +36,21 @@ def stereo_pair(): # left (3,500,741), right (3,500,741), disparity (500,741) fl
 
 # %% ../nbs/01_data.ipynb #01-12
 def _decode(path):
-    "Decodes one file, JPEG and PNG with torchvision, other kinds with Pillow."
+    "Decodes one file, JPEG and PNG with torchvision, other kinds, and what torchvision refuses, with Pillow."
     if path.suffix.lower() in ('.jpg', '.jpeg', '.png'):
-        x = decode_image(str(path), ImageReadMode.RGB, apply_exif_orientation=True)
-        return x if x.dtype == torch.uint8 else (x >> 8).to(torch.uint8)
-    return pil_to_tensor(ImageOps.exif_transpose(Image.open(path)).convert('RGB'))
+        try:
+            x = decode_image(str(path), ImageReadMode.RGB, apply_exif_orientation=True)
+            return x if x.dtype == torch.uint8 else (x >> 8).to(torch.uint8)
+        except RuntimeError: pass
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith('I;16'): image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return pil_to_tensor(image.convert('RGB'))
 
 def read_image(path): # uint8 (3,H,W)
     "Reads one image file as upright RGB; raises ValueError with the file's name if it can't be read."
     try: return _decode(Path(path))
-    except (RuntimeError, OSError, SyntaxError) as e: raise ValueError(f"cannot read image {str(path)!r}: {e}") from e
+    except (RuntimeError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e: raise ValueError(f"cannot read image {str(path)!r}: {e}") from e
 
 # %% ../nbs/01_data.ipynb #01-16
 extensions = {'.jpg', '.jpeg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp', '.ppm', '.pgm'}
@@ -68,9 +75,11 @@ def find_images(source): # sorted list of paths
 class ImageList:
     "Unlabelled image files, sorted; item i is a uint8 tensor (3,H,W)."
     def __init__(self, source): # folder, glob, path, list of them, or several joined by the path separator
-        self.source, self.paths = source, find_images(source)
+        self.source, self.paths, self.bad = source, find_images(source), {}  # bad: number of a file to what is wrong with it
     def __len__(self): return len(self.paths)
-    def __getitem__(self, i): return read_image(self.paths[i])
+    def __getitem__(self, i):
+        if i in self.bad: raise ValueError(f"cannot read image {str(self.paths[i])!r}: {self.bad[i]}")
+        return read_image(self.paths[i])
     def __repr__(self): return f"{len(self):,} images from {self.source}"
 
 # %% ../nbs/01_data.ipynb #01-22
@@ -171,15 +180,78 @@ class Scenes:
         return image, torch.from_numpy(semantic), torch.from_numpy(instance)
 
 # %% ../nbs/01_data.ipynb #01-37
+def _tried(images, i):
+    "An image, or the error that reading it raised."
+    try: return images[i]
+    except ValueError as e: return e
+
 class Cached:
     "A data set read once and kept in memory as uint8."
     def __init__(self, images): # anything with a length and uint8 (3,H,W) items
-        self.images, self.kept = images, [images[i] for i in range(len(images))]
+        self.images, self.kept = images, [_tried(images, i) for i in range(len(images))]
     def __len__(self): return len(self.kept)
-    def __getitem__(self, i): return self.kept[i]
+    def __getitem__(self, i):
+        if isinstance(self.kept[i], ValueError): raise self.kept[i]
+        return self.kept[i]
     def __repr__(self): return f"{self.images!r}, kept in memory"
 
 # %% ../nbs/01_data.ipynb #01-40
+def _header(path):
+    "Height and width as the file's beginning says, or what is wrong with it as a str."
+    try:
+        if not path.stat().st_size: return 'empty file'
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter('ignore')
+            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            return image.size if turned else image.size[::-1]
+    except FileNotFoundError: return 'no such file'
+    except Image.UnidentifiedImageError: return 'no image'
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e: return f'{type(e).__name__}: {e}'
+
+def _twins(paths):
+    "Numbers of files whose bytes are those of an earlier one."
+    sizes, seen, again = [p.stat().st_size if p.exists() else -i for i, p in enumerate(paths)], set(), []
+    shared = {s for s, n in zip(*np.unique(sizes, return_counts=True)) if n > 1 and s > 0}
+    for i, (p, s) in enumerate(zip(paths, sizes)):
+        if s not in shared: continue
+        key = hashlib.sha256(p.read_bytes()).digest()
+        if key in seen: again.append(i)
+        seen.add(key)
+    return again
+
+# %% ../nbs/01_data.ipynb #01-41
+def scan(images, # ImageList; what is wrong with which file is written into its `bad`
+         duplicates=False): # look for files with the same bytes, too
+    "Sizes of all images (n,2) as height and width, 0 for a bad one, and the numbers of files that repeat an earlier one."
+    with ThreadPoolExecutor(8) as pool: found = list(pool.map(_header, images.paths))
+    images.bad = {i: f for i, f in enumerate(found) if isinstance(f, str)}
+    return np.array([(0, 0) if isinstance(f, str) else f for f in found]), _twins(images.paths) if duplicates else []
+
+def listed(images, most=5): # ImageList after `scan`, how many to name
+    "The bad files of a list, as text."
+    names = [f"{images.paths[i]}: {what}" for i, what in sorted(images.bad.items())]
+    return '\n'.join(names[:most] + [f'... and {len(names) - most} more']*(len(names) > most))
+
+def refuse_bad(images, most=.01): # ImageList after `scan`, largest share allowed
+    "Raises ValueError with the list if too many images are bad."
+    if len(images.bad) > most*len(images):
+        raise ValueError(f"{len(images.bad)} of {len(images)} images can't be read, more than {most:.0%}:\n{listed(images, 20)}\nTake them out of the folder, or mend them")
+
+# %% ../nbs/01_data.ipynb #01-42
+def doctor(images): # ImageList
+    "Scans a data set, prints what it found and draws the sizes; returns them, (n,2)."
+    sizes, again = scan(images, duplicates=True)
+    good = sizes[sizes[:, 0] > 0]                                  # (m,2)
+    print(f"{len(images):,} files, {len(good):,} of them readable by their beginning, {len(again)} the same as an earlier one")
+    if images.bad: print(listed(images))
+    if not len(good): return sizes
+    short, long = good.min(1), good.max(1)
+    print(f"short side {short.min()} to {short.max()} pixels, half of them {int(np.median(short))} or less; long side up to {long.max()}; widest shape {max(long/short):.1f} : 1")
+    plt.figure(figsize=(3, 2.4), dpi=72)
+    plt.plot(good[:, 1], good[:, 0], '.', ms=4, alpha=.5); plt.xlabel('width'); plt.ylabel('height'); plt.axis('equal')
+    return sizes
+
+# %% ../nbs/01_data.ipynb #01-48
 def open_images(data='', # folder(s), glob, 'scenes', or '' for $PIXCON_DATA if it is set, else the scenes
                 n=512, size=96, seed=0): # how many scenes, their side in pixels, their seed
     "Opens the data set that a string names."

@@ -102,11 +102,11 @@ class Queue(nn.Module):
         "The keys written so far."
         return self.keys[:self.filled.item()]
     @torch.no_grad()
-    def enqueue(self, keys): # (B,D), any B
-        "Writes keys over the oldest ones and moves the pointer on."
+    def enqueue(self, keys, good=None): # (B,D), any B; scalar bool tensor
+        "Writes keys over the oldest ones and moves the pointer on; where good is false, the old ones stay."
         length, seen = len(self.keys), self.pointer.item() + len(keys)
         latest = keys[-length:].to(self.keys.dtype) if len(keys) else keys
         place = torch.arange(seen - len(latest), seen, device=self.keys.device) % length
-        self.keys[place] = latest
+        self.keys[place] = latest if good is None else torch.where(good, latest, self.keys[place])
         self.pointer.fill_(seen % length)
         self.filled.fill_(min(self.filled.item() + len(keys), length))

@@ -4,25 +4,27 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'ema_momentum', 'learning_rate', 'Config', 'check', 'variant', 'configure', 'Batches', 'precision', 'Run',
-           'enqueued_view', 'photo_work', 'step_cost', 'read_log', 'write_checkpoint', 'load_pth', 'read_file',
-           'read_run', 'trained_backbone']
+           'keep_memory', 'enqueued_view', 'photo_work', 'step_cost', 'read_log', 'load_pth', 'read_file',
+           'write_checkpoint', 'read_run', 'trained_backbone', 'main', 'launch']
 
 # %% ../nbs/08_training.ipynb #08-02
-import copy, difflib, hashlib, json, math, os, re, time
+import argparse, copy, ctypes, difflib, hashlib, inspect, json, math, os, re, subprocess, sys, threading, time, warnings
+from collections import deque
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 import numpy as np
 import torch
+import torch.distributed as dist
 from fastcore.basics import patch
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from .augment import Photometric, TwoViews
-from .data import Cached, Scenes, open_images
+from .data import Cached, Scenes, listed, open_images, refuse_bad, scan
 from .encoder import feature_shape, library_weights, make_backbone, update_twin
 from .loss import info_nce
-from .model import PixCon
+from .model import PixCon, over_processes
 
 # %% ../nbs/08_training.ipynb #08-05
 def ema_momentum(step, # optimizer steps made so far
@@ -60,7 +62,8 @@ class Config:
     hidden: int = 2048         # width of heads and predictors
     dim: int = 128             # size of an embedding
     epochs: int = 800          # passes over the images
-    batch: int = 512           # images in a step
+    batch: int = 512           # images in a step, over all processes
+    accumulate: int = 1        # parts of a step's batch that go through the network one after another
     optimizer: str = 'sgd'     # or 'adamw'
     lr: float = .4             # highest learning rate; for sgd times batch/512 if not given
     weight_decay: float = 1e-4 # on all parameters
@@ -77,6 +80,7 @@ class Config:
     cache: str = 'auto'        # images kept in memory, decoded: 'auto', 'ram', 'off'
     log_steps: int = 10        # steps between two lines of the log
     save_minutes: float = 10.  # minutes between two checkpoints
+    save_epochs: int = 10      # epochs between two checkpoints, 0 for by time only
 
 # %% ../nbs/08_training.ipynb #08-10
 RECIPES = dict(
@@ -87,7 +91,7 @@ RECIPES = dict(
 # %% ../nbs/08_training.ipynb #08-12
 _choices = dict(recipe=('auto', *RECIPES), matching=('sim', 'coord'), queue_start=('empty', 'random'), overlap_rule=('area', 'floor'),
                 optimizer=('sgd', 'adamw'), amp=('auto', 'off', 'bf16', 'fp16'), compile=('auto', 'on', 'off'), cache=('auto', 'ram', 'off'))
-_least = dict(stride=0, size=8, dense_weight=0, tau=1e-4, power=1e-3, queue=1, max_dist=0, hidden=1, dim=2, epochs=1, batch=2, lr=1e-12,
+_least = dict(stride=0, size=8, dense_weight=0, tau=1e-4, power=1e-3, queue=1, max_dist=0, hidden=1, dim=2, epochs=1, batch=2, accumulate=1, save_epochs=0, lr=1e-12,
               weight_decay=0, warmup_epochs=0, twin_start=0, min_scale=1e-4, blur_sigma=.1, seed=0, scenes=2, scene_size=16, workers=-1, log_steps=1, save_minutes=0)
 _most = dict(dense_weight=1, twin_start=1, min_scale=1)
 _words = {'on': True, 'true': True, 'yes': True, 'off': False, 'false': False, 'no': False}
@@ -147,20 +151,30 @@ def configure(**given): # parameters by name, None for those left to the recipe
     if 'queue' not in given: c.queue = min(c.queue, len(images))
     if c.batch > len(images): raise ValueError(f"batch must be at most the number of images, {len(images)}, got {c.batch}")
     c.out = c.out or _default_out(c, images)
+    _check_out(Path(c.out))
+    if hasattr(images, 'bad'): scan(images), refuse_bad(images)
     return c, images
+
+def _check_out(out):
+    "Refuses a run folder that can't be made or written."
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)): raise ValueError(f"out {str(out)!r} can't be written: {str(there)!r} is {'read-only for you' if there.is_dir() else 'a file'}")
 
 # %% ../nbs/08_training.ipynb #08-18
 class Batches:
-    "Batch sampler over a whole run from a step on; yields lists of (epoch, image index)."
-    def __init__(self, n, batch, epochs, seed=0, start=0): # images, images in a step, epochs, seed, first step
-        self.n, self.batch, self.epochs, self.seed, self.start = n, batch, epochs, seed, start
-    def __len__(self): return self.n//self.batch*self.epochs - self.start
+    "Batch sampler over a whole run from a step on; yields this process's parts of each batch, lists of (epoch, image index)."
+    def __init__(self, n, batch, epochs, seed=0, start=0, # images, images in a step, epochs, seed, first step
+                 parts=1, rank=0, world=1): # parts for each process, which process, how many
+        if batch % (parts*world): raise ValueError(f"batch {batch} can't be cut into {parts*world} equal parts (processes {world}, accumulate {parts})")
+        self.n, self.batch, self.epochs, self.seed, self.start, self.parts, self.rank, self.world = n, batch, epochs, seed, start, parts, rank, world
+    def __len__(self): return (self.n//self.batch*self.epochs - self.start)*self.parts
     def __iter__(self):
         per_epoch = self.n//self.batch
         for epoch in range(self.start//per_epoch, self.epochs):
             order = np.random.default_rng((self.seed, epoch, 0, 2)).permutation(self.n)
             for k in range(self.start % per_epoch if epoch == self.start//per_epoch else 0, per_epoch):
-                yield [(epoch, int(i)) for i in order[k*self.batch:(k+1)*self.batch]]
+                cut = order[k*self.batch:(k+1)*self.batch].reshape(self.parts*self.world, -1)  # (parts*world,images)
+                for part in cut[self.rank::self.world].tolist(): yield [(epoch, i) for i in part]
 
 # %% ../nbs/08_training.ipynb #08-21
 def _cpu_has_bf16():
@@ -171,37 +185,44 @@ def _cpu_has_bf16():
 def precision(amp, device): # as in Config, 'cpu' or 'cuda'
     "Number format for autocast, None for float32 throughout."
     if amp == 'auto': amp = ('bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16') if device == 'cuda' else 'bf16' if _cpu_has_bf16() else 'off'
+    if amp == 'bf16' and device == 'cuda' and not torch.cuda.is_bf16_supported(including_emulation=False): raise ValueError("amp 'bf16' is not supported by this GPU; use 'auto', 'fp16' or 'off'")
     if amp == 'fp16' and device != 'cuda': raise ValueError("amp 'fp16' needs a GPU; on a CPU use 'auto', 'bf16' or 'off'")
     return dict(off=None, bf16=torch.bfloat16, fp16=torch.float16)[amp]
 
 def _fits(images, cache):
     "Whether the decoded images are to be kept in memory: if asked to, or if a sample says that they take less than 2 GB."
-    sample = range(0, len(images), max(len(images)//32, 1))
-    return cache == 'ram' or cache == 'auto' and len(images)*np.mean([images[i].numel() for i in sample]) < 2e9
+    def size(i):
+        try: return images[i].numel()
+        except ValueError: return 0
+    return cache == 'ram' or cache == 'auto' and len(images)*np.mean([size(i) for i in range(0, len(images), max(len(images)//32, 1))]) < 2e9
 
 def _workers(workers, in_memory):
-    "Loader processes: none for images in memory on a small machine, else one for each spare core."
+    "Loader processes: none for images in memory on a small machine, else one for each spare core of this process's share."
     if workers >= 0: return workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    cores = (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())//int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     return 0 if cores <= 2 and in_memory else max(cores - 1, 1)
 
 # %% ../nbs/08_training.ipynb #08-24
 class Run:
     "One training run; `fit` trains it to its end, from where its folder left off."
     def __init__(self, config, images): # what `configure` returned
-        if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise ValueError(f"a run is one process, WORLD_SIZE is {os.environ['WORLD_SIZE']}; start it without torchrun")
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
         self.config, self.device, self.step, self.seconds = config, 'cuda' if torch.cuda.is_available() else 'cpu', 0, 0.
+        self.skipped, self.row, self.watched, self.unread = 0, 0, [], {}  # steps skipped in all and on end, flags not yet read, images not read
         self.out, self.steps_per_epoch = Path(config.out), len(images)//config.batch
         self.total, self.dtype = self.steps_per_epoch*config.epochs, precision(config.amp, self.device)
         torch.manual_seed(config.seed)
         self.model = _build(config).to(self.device, memory_format=torch.channels_last if self.dtype else torch.contiguous_format)
         torch.backends.cudnn.benchmark = True
+        if self.device == 'cpu': keep_memory()
         if _compiles(config.compile, self.device, self.total): self.model.online.backbone.compile(), self.model.twin.backbone.compile()
+        self.net = self.model if self.world == 1 else _shared(self.model, self.device)
         self.optimizer = _optimizer(config, self.model)
         self.scaler = torch.amp.GradScaler(self.device, enabled=self.dtype == torch.float16)
         self.photometric = Photometric(sigma=(.1, config.blur_sigma)).to(self.device)
         self.images = images
 
+# %% ../nbs/08_training.ipynb #08-25
 def _build(c):
     "The model that the parameters describe."
     model = PixCon(c.backbone, c.matching, c.reweight, c.dense_weight, c.tau, c.power, c.queue, c.queue_start, c.hidden, c.dim,
@@ -210,6 +231,18 @@ def _build(c):
     if h*w < 2: raise ValueError(f"views of {c.size} pixels give {c.backbone} a map of one cell; take a larger size or a smaller stride")
     return model
 
+def _shared(model, device):
+    "The model as one of several processes has it: gradients averaged over all, on GPUs batch statistics, too."
+    if device == 'cuda': torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    wrap = torch.nn.parallel.DistributedDataParallel
+    buffers = next(n for n in ('forward_sync_buffers', 'broadcast_buffers') if n in inspect.signature(wrap).parameters)  # the name changed with torch 2.14
+    return wrap(model, [torch.cuda.current_device()] if device == 'cuda' else None, init_sync=False, **{buffers: False})
+
+def keep_memory(on=True):
+    "Lets the process keep what it frees for the next step (glibc only), or not."
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if os.name == 'posix' else None
+    if mallopt: mallopt(-4, 0 if on else 65536), mallopt(-1, -1 if on else 131072)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+
 def _compiles(choice, device, steps):
     "Whether compiling is asked for, or likely to pay back."
     return choice == 'on' or choice == 'auto' and device == 'cuda' and steps >= 5000
@@ -217,35 +250,66 @@ def _compiles(choice, device, steps):
 def _optimizer(c, model):
     "SGD with momentum 0.9, or AdamW, over everything that takes a gradient; each step is one fused call."
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if c.optimizer == 'sgd': return torch.optim.SGD(parameters, c.lr, momentum=.9, weight_decay=c.weight_decay, fused=True)
-    return torch.optim.AdamW(parameters, c.lr, weight_decay=c.weight_decay, fused=True)
+    if c.optimizer == 'adamw': return torch.optim.AdamW(parameters, c.lr, weight_decay=c.weight_decay, fused=True)
+    optimizer = torch.optim.SGD(parameters, c.lr, momentum=.9, weight_decay=c.weight_decay, fused=True)
+    for p in parameters: optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)  # or a first step that is skipped would leave it unset
+    return optimizer
 
-# %% ../nbs/08_training.ipynb #08-26
+# %% ../nbs/08_training.ipynb #08-27
 def enqueued_view(seed, step):
     "Which view's keys go into the queues at a step, 0 or 1 with equal chance."
     return int(np.random.default_rng((seed, step, 0, 1)).random() < .5)
 
 @patch
-def train_step(self:Run, batch): # dict of tensors from the loader
-    "One optimizer step; returns what the model's forward returned."
-    c, k, device = self.config, self.step, self.device
+def backward(self:Run, part, n=1, last=True): # dict of tensors from the loader, how many parts a step has, whether this is the last
+    "Forward and backward of one part of a step's batch; returns what the model's forward returned."
+    device = self.device
+    box, flip = (part[name].to(device, non_blocking=True) for name in ('box', 'flip'))
+    view = self.photometric(part['view'].to(device, non_blocking=True), part['draw'])  # (B,2,3,H,W)
+    with nullcontext() if last or self.world == 1 else self.net.no_sync():
+        with torch.autocast(device, self.dtype) if self.dtype else nullcontext(): loss, out = self.net(view, box, flip)
+        self.scaler.scale(loss/n).backward()
+    return out
+
+@patch
+def guard(self:Run, parts):
+    "Whether all gradients are finite, a bool on the device; if not, the optimizer is told to do nothing."
+    good = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]).isfinite()
+    if not self.scaler.is_enabled(): self.optimizer.grad_scale, self.optimizer.found_inf = None, (~good).float()
+    self.watched.append((good, [i for part in parts for i in part['index'].tolist()]))
+    return good
+
+@patch
+def gathered(self:Run, outs): # what forward returned for each part
+    "The keys of the whole batch in the order of its images, from all parts and processes."
+    keys = {name: torch.stack([o[name] for o in outs]) for name in ('image_keys', 'dense_keys')}  # (parts,b,2,D)
+    if self.world > 1:
+        for name, own in keys.items():
+            every = [torch.empty_like(own) for _ in range(self.world)]
+            dist.all_gather(every, own.contiguous())
+            keys[name] = torch.stack(every, 1)                     # (parts,world,b,2,D)
+    return {name: k.flatten(0, -3) for name, k in keys.items()}    # (B,2,D)
+
+# %% ../nbs/08_training.ipynb #08-28
+@patch
+def train_step(self:Run, parts): # dict of tensors from the loader, or a tuple of them
+    "One optimizer step; returns what the model's forward returned for the last part."
+    c, k, parts = self.config, self.step, parts if isinstance(parts, tuple) else (parts,)
     torch.manual_seed(c.seed*1_000_003 + k)
     self.negatives = self.model.image_queue.filled.item()
     self.lr, self.momentum = learning_rate(k, self.steps_per_epoch, c.epochs, c.lr, c.warmup_epochs), ema_momentum(k, self.total, c.twin_start)
     for group in self.optimizer.param_groups: group['lr'] = self.lr
-    box, flip = (batch[n].to(device, non_blocking=True) for n in ('box', 'flip'))
-    view = self.photometric(batch['view'].to(device, non_blocking=True), batch['draw'])  # (B,2,3,H,W)
-    with torch.autocast(device, self.dtype) if self.dtype else nullcontext(): loss, out = self.model(view, box, flip)
-    self.scaler.scale(loss).backward()
+    outs = [self.backward(part, len(parts), part is parts[-1]) for part in parts]
+    good = self.guard(parts)
     self.scaler.step(self.optimizer)
     self.scaler.update()
     self.optimizer.zero_grad()
     self.model.update_twin(self.momentum)
-    self.model.enqueue(out, enqueued_view(c.seed, k))
+    self.model.enqueue(self.gathered(outs), enqueued_view(c.seed, k), good)
     self.step += 1
-    return out
+    return outs[-1]
 
-# %% ../nbs/08_training.ipynb #08-30
+# %% ../nbs/08_training.ipynb #08-32
 def photo_work(model, size): # PixCon, pixels a side of a view
     "Floating-point operations that one photo costs in a step: the networks, and the loss with a full queue."
     def run(module, x):
@@ -265,7 +329,7 @@ def _seconds(f, device, repeats=2):
         times.append(time.perf_counter() - start)
     return min(times[1:])
 
-# %% ../nbs/08_training.ipynb #08-31
+# %% ../nbs/08_training.ipynb #08-33
 @patch
 def machine_rates(self:Run, photos=4): # photos: how many to time each part with
     "What this machine does in a second: FLOP of networks and of the loss, pixels of photometrics, parameters updated, photos read by one core."
@@ -292,7 +356,7 @@ def _read_rate(images, size, in_memory):
     try: return len(spots)/_seconds(lambda: [views[0, i] for i in spots], 'cpu')
     finally: torch.set_num_threads(threads)
 
-# %% ../nbs/08_training.ipynb #08-33
+# %% ../nbs/08_training.ipynb #08-35
 def step_cost(config, parameters, work, rates, gpus=1, cores=0): # parameters: of the online encoder; cores: that read, 0 for the one that trains
     "Predicted seconds of each part of a step, of the whole step, photos a second, and the part that takes longest."
     n = config.batch/gpus
@@ -311,61 +375,51 @@ def cost(self:Run):
     row = step_cost(self.config, parameters, photo_work(self.model, self.config.size), self.machine_rates(), cores=workers)
     return dict(**row, hours=(self.total - self.step)*row['step']/3600)
 
-# %% ../nbs/08_training.ipynb #08-39
+# %% ../nbs/08_training.ipynb #08-41
+@patch
+def look_back(self:Run):
+    "Reads the flags of the steps since the last look; counts those skipped, and stops the run after ten in a row."
+    flags, first = torch.stack([good for good, _ in self.watched]).tolist() if self.watched else [], self.step - len(self.watched) + 1
+    for k, (good, (_, index)) in enumerate(zip(flags, self.watched)):
+        self.row, self.skipped = (0, self.skipped) if good else (self.row + 1, self.skipped + 1)
+        if not good: self.note('skipped.jsonl', dict(step=first + k, images=[self.name_of(i) for i in index]))
+    self.watched.clear()
+    stats = [b for n, b in self.model.named_buffers() if 'running_' in n]
+    if all(flags) and all(b.isfinite().all() for b in stats): self.stats = [b.clone() for b in stats]
+    elif not all(flags): [b.copy_(old) for b, old in zip(stats, self.stats)]
+    if self.row >= 10: raise FloatingPointError(f"the gradients of {self.row} steps in a row, up to step {self.step}, were not finite; lower lr ({self.config.lr}) "
+                                               f"or set amp to 'off'. The checkpoint in {self.out} is from before; the images are in skipped.jsonl")
+
+def _write_line(path, line):
+    with open(path, 'a') as f: f.write(json.dumps(line) + '\n')
+
+@patch
+def note(self:Run, name, line):
+    "Adds a line to a file of the run folder, once for all processes."
+    if self.rank == 0: _write_line(self.out/name, line)
+
+@patch
+def name_of(self:Run, i):
+    "What image i is called."
+    return str(self.images.paths[i]) if hasattr(self.images, 'paths') else i
+
+# %% ../nbs/08_training.ipynb #08-42
 @patch
 def log_line(self:Run, out, images_per_s):
     "What is known after a step, as a flat dict."
-    line = dict(step=self.step, epoch=round(self.step/self.steps_per_epoch, 4), loss=(out['loss_image'] + out['loss_dense']).item(),
-                loss_image=out['loss_image'].item(), loss_dense=out['loss_dense'].item(), loss_chance=2*math.log(self.negatives + 1),
-                lr=self.lr, momentum=self.momentum, images_per_s=round(images_per_s, 1))
-    if not math.isfinite(line['loss']): raise RuntimeError(f"the loss at step {self.step} is {line['loss']}; lower lr ({self.config.lr}) or set amp to 'off'. The last checkpoint is from before")
+    self.look_back()
+    loss_image, loss_dense = over_processes(torch.stack([out['loss_image'], out['loss_dense']])).tolist()
+    line = dict(step=self.step, epoch=round(self.step/self.steps_per_epoch, 4), loss=loss_image + loss_dense, loss_image=loss_image, loss_dense=loss_dense,
+                loss_chance=2*math.log(self.negatives + 1), lr=self.lr, momentum=self.momentum, images_per_s=round(images_per_s, 1), skipped=self.skipped)
     if self.step % self.steps_per_epoch == 0: line.update(self.model.health(out))
-    with open(self.out/'log.jsonl', 'a') as f: f.write(json.dumps(line) + '\n')
+    self.note('log.jsonl', {n: v if math.isfinite(v) else None for n, v in line.items()})
     return line
 
 def read_log(out): # run folder
     "The lines of a run's log as a list of dicts; a last line cut off in the middle is left out."
     path = Path(out)/'log.jsonl'
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith('\n')]
-
-# %% ../nbs/08_training.ipynb #08-41
-_may_differ = {'data', 'out', 'epochs', 'amp', 'compile', 'workers', 'cache', 'log_steps', 'save_minutes', 'warmup_epochs', 'recipe'}
-
-def _fingerprint(images):
-    "How many images, and a hash of the file names in order."
-    names = '\n'.join(p.name for p in getattr(images, 'paths', ()))
-    return f"{len(images)} images {hashlib.sha256(names.encode()).hexdigest()[:12]}"
-
-def write_checkpoint(path, state): # file, dict of tensors and plain values
-    "Writes a checkpoint, all of it or nothing."
-    part = path.with_suffix('.part')
-    with open(part, 'wb') as f:
-        torch.save(state, f)
-        f.flush(); os.fsync(f.fileno())
-    os.replace(part, path)
-
-@patch
-def save(self:Run):
-    "Writes the run's checkpoint."
-    state = dict(config=asdict(self.config), images=_fingerprint(self.images), step=self.step, seconds=self.seconds, model=self.model.state_dict(),
-                 optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
-    write_checkpoint(self.out/'checkpoint.pt', state)
-
-@patch
-def load(self:Run):
-    "Continues from the folder's checkpoint; raises ValueError if it is of a run with other parameters."
-    state = torch.load(self.out/'checkpoint.pt', map_location='cpu', weights_only=True)
-    ours, theirs = asdict(self.config) | dict(images=_fingerprint(self.images)), state['config'] | dict(images=state.get('images'))
-    other = [f"{n} {theirs.get(n)!r}, now {v!r}" for n, v in ours.items() if n not in _may_differ and theirs.get(n) != v]
-    if state['step'] > self.total: other.append(f"{state['step']} steps done, now {self.total} in all")
-    if other: raise ValueError(f"{self.out} holds a run with {'; '.join(other)}. Choose another `out`, or the same parameters")
-    self.model.load_state_dict(state['model'])
-    self.optimizer.load_state_dict(state['optimizer'])
-    if state['scaler']: self.scaler.load_state_dict(state['scaler'])
-    self.step, self.seconds = state['step'], state['seconds']
-    lines = [json.dumps(line) + '\n' for line in read_log(self.out) if line['step'] <= self.step]
-    (self.out/'log.jsonl').write_text(''.join(lines))
+    return [{n: math.nan if v is None else v for n, v in json.loads(line).items()} for line in lines if line.endswith('\n')]
 
 # %% ../nbs/08_training.ipynb #08-44
 def _reason(e):
@@ -382,6 +436,68 @@ def read_file(path, reader=load_pth): # reader: a function of the path
     try: return reader(path)
     except Exception as e: raise ValueError(f"{str(path)!r} is truncated or not a checkpoint ({_reason(e)})") from e
 
+# %% ../nbs/08_training.ipynb #08-45
+_may_differ = {'accumulate', 'save_epochs', 'data', 'out', 'epochs', 'amp', 'compile', 'workers', 'cache', 'log_steps', 'save_minutes', 'warmup_epochs', 'recipe'}
+
+def _fingerprint(images):
+    "How many images, and a hash of the file names in order."
+    names = '\n'.join(p.name for p in getattr(images, 'paths', ()))
+    return f"{len(images)} images {hashlib.sha256(names.encode()).hexdigest()[:12]}"
+
+def write_checkpoint(path, state): # file, dict of tensors and plain values
+    "Writes a checkpoint, all of it or nothing."
+    part = path.with_suffix('.part')
+    try:
+        with open(part, 'wb') as f:
+            torch.save(state, f)
+            f.flush(); os.fsync(f.fileno())
+    except (OSError, RuntimeError) as e:
+        part.unlink(missing_ok=True)
+        raise OSError(f"{str(path)!r} could not be written ({str(e).splitlines()[0]}); what was there before is untouched. Is the disk full?") from e
+    os.replace(part, path)
+
+@patch
+def save(self:Run):
+    "Writes the run's checkpoint beside the one before."
+    if self.rank: return
+    state = dict(config=asdict(self.config), images=_fingerprint(self.images), step=self.step, seconds=self.seconds, skipped=self.skipped,
+                 model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
+    write_checkpoint(self.out/'checkpoint.new', state)
+    newest = self.out/'checkpoint.pt'
+    if newest.exists(): os.replace(newest, self.out/'checkpoint-before.pt')
+    os.replace(self.out/'checkpoint.new', newest)
+
+# %% ../nbs/08_training.ipynb #08-46
+@patch
+def newest(self:Run):
+    "The last checkpoint that can be read, None if there is none at all; a damaged one is set aside."
+    found = [p for p in (self.out/'checkpoint.pt', self.out/'checkpoint-before.pt') if p.exists()]
+    for path in found:
+        try: return read_file(path)
+        except ValueError as e:
+            warnings.warn(f"{e}; it is set aside as {path.stem}.damaged" + ('' if path == found[-1] else ', and the one before is used'))
+            os.replace(path, path.with_suffix('.damaged'))
+    if found: raise ValueError(f"no checkpoint in {str(self.out)!r} can be read. Choose another `out`, or empty the folder to begin anew")
+
+@patch
+def load(self:Run, state): # of `newest`
+    "Continues from a checkpoint; raises ValueError if it is of a run with other parameters."
+    ours, theirs = asdict(self.config) | dict(images=_fingerprint(self.images)), state['config'] | dict(images=state.get('images'))
+    other = [f"{n} {theirs.get(n)!r}, now {v!r}" for n, v in ours.items() if n not in _may_differ and theirs.get(n) != v]
+    if state['step'] > self.total: other.append(f"{state['step']} steps done, now {self.total} in all")
+    if other: raise ValueError(f"{self.out} holds a run with {'; '.join(other)}. Choose another `out`, or the same parameters")
+    self.model.load_state_dict(state['model'])
+    self.optimizer.load_state_dict(state['optimizer'])
+    if state['scaler']: self.scaler.load_state_dict(state['scaler'])
+    self.step, self.seconds, self.skipped = state['step'], state['seconds'], state.get('skipped', 0)
+    for name in ('log.jsonl', 'skipped.jsonl') if self.rank == 0 else (): _cut(self.out/name, self.step)
+
+def _cut(path, step):
+    "Takes the lines after a step out of a file, and a last line that was cut off."
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    if lines: path.write_text(''.join(line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= step))
+
+# %% ../nbs/08_training.ipynb #08-49
 def read_run(folder, encoder='online'): # run folder; 'online' or 'twin'
     "Tensors of one encoder's backbone, the run's parameters (dict) and the steps made."
     folder = Path(folder).expanduser()
@@ -394,7 +510,7 @@ def read_run(folder, encoder='online'): # run folder; 'online' or 'twin'
     state = {n.removeprefix(prefix): t.clone(memory_format=torch.contiguous_format) for n, t in saved['model'].items() if n.startswith(prefix)}
     return state, saved['config'], saved['step']
 
-# %% ../nbs/08_training.ipynb #08-45
+# %% ../nbs/08_training.ipynb #08-50
 def trained_backbone(run, # run folder of train.ipynb
                      make=make_backbone, # function of name and stride that gives the module
                      encoder='online'): # or 'twin'
@@ -407,7 +523,7 @@ def trained_backbone(run, # run folder of train.ipynb
     backbone.load_state_dict(state)
     return backbone, config
 
-# %% ../nbs/08_training.ipynb #08-48
+# %% ../nbs/08_training.ipynb #08-53
 @patch
 def loader(self:Run):
     "Batches from the present step to the end of the run."
@@ -415,22 +531,26 @@ def loader(self:Run):
     images = Cached(self.images) if in_memory else self.images
     views = TwoViews(images, c.size, c.seed, scale=(c.min_scale, 1.))
     workers = _workers(c.workers, in_memory)
-    return DataLoader(views, batch_sampler=Batches(len(images), c.batch, c.epochs, c.seed, self.step), num_workers=workers,
-                      pin_memory=self.device == 'cuda', prefetch_factor=4 if workers else None)
+    batches = Batches(len(images), c.batch, c.epochs, c.seed, self.step, c.accumulate, self.rank, self.world)
+    return DataLoader(views, batch_sampler=batches, num_workers=workers, pin_memory=self.device == 'cuda', prefetch_factor=4 if workers else None)
 
 @patch
 def start(self:Run):
-    "Makes the run folder, continues from its checkpoint if there is one, and writes the parameters down."
+    "Makes the run folder, continues from its checkpoint if there is one, and writes the parameters down; the first process before the others."
+    if self.rank: dist.barrier()
     self.out.mkdir(parents=True, exist_ok=True)
-    if (self.out/'checkpoint.pt').exists():
-        self.load()
-        print(f'continuing {self.out} at step {self.step} of {self.total}')
-    else: (self.out/'log.jsonl').unlink(missing_ok=True)
+    state = self.newest()
+    if state: self.load(state)
+    if self.rank: return
+    if state: print(f'continuing {self.out} at step {self.step} of {self.total}', flush=True)
+    else: [(self.out/name).unlink(missing_ok=True) for name in ('log.jsonl', 'skipped.jsonl')]
     (self.out/'config.json').write_text(json.dumps(asdict(self.config), indent=1))
+    if self.world > 1: dist.barrier()
 
 @patch
 def finish(self:Run):
     "Writes the last checkpoint and the online backbone."
+    if self.rank: return
     self.save()
     state = {n: t.contiguous().cpu() for n, t in library_weights(self.model.online.backbone, self.config.backbone).items()}
     save_file(state, self.out/'backbone.safetensors', {n: str(v) for n, v in asdict(self.config).items()} | dict(step=str(self.step), encoder='online'))
@@ -438,23 +558,97 @@ def finish(self:Run):
 @patch
 def progress(self:Run, line):
     "Prints how far the run is and how long it will take."
+    if self.rank: return
     left = (self.total - self.step)*self.config.batch/max(line['images_per_s'], 1e-9)
     print(f"step {self.step}/{self.total}, epoch {line['epoch']:.1f}/{self.config.epochs}: loss {line['loss']:.3f} "
           f"(chance {line['loss_chance']:.3f}), {line['images_per_s']:.0f} images/s, {left/60:.1f} min left", flush=True)
 
-# %% ../nbs/08_training.ipynb #08-49
+# %% ../nbs/08_training.ipynb #08-54
+@patch
+def replaced(self:Run, parts):
+    "Notes the images of a step that could not be read, and stops the run when they are more than 1 % of all."
+    new = {asked for part in parts for asked, used in zip(part['asked'].tolist(), part['index'].tolist()) if asked != used} - self.unread.keys()
+    for i in sorted(new):
+        self.unread[i] = getattr(self.images, 'bad', {}).get(i, 'could not be read while training')
+        _write_line(self.out/f"unread{f'-{self.rank}' if self.rank else ''}.jsonl", dict(image=self.name_of(i), why=self.unread[i], step=self.step))
+    if new and len(self.unread) > .01*len(self.images):
+        names = '\n'.join(f'{self.name_of(i)}: {why}' for i, why in sorted(self.unread.items())[:20])
+        raise ValueError(f"{len(self.unread)} of {len(self.images)} images can't be read, more than 1%:\n{names}\nMend them or take them out; the checkpoint in {self.out} is intact")
+
+@patch
+def due(self:Run, saved): # when it was saved last
+    "Whether a checkpoint is to be written: after some minutes, at the end of some epochs, never in the middle of a bad stretch."
+    by_epoch = self.config.save_epochs and self.step % (self.config.save_epochs*self.steps_per_epoch) == 0
+    return self.step < self.total and not self.row and (by_epoch or time.time() - saved > 60*self.config.save_minutes)
+
 @patch
 def fit(self:Run):
     "Trains to the end of the run, logging and saving on the way; returns the log."
     self.start()
     c, begun, since, printed, saved = self.config, time.time() - self.seconds, (self.step, time.time()), 0., time.time()
-    for batch in self.loader() if self.step < self.total else ():
-        out = self.train_step(batch)
+    self.stats = [b.clone() for n, b in self.model.named_buffers() if 'running_' in n]
+    for parts in zip(*[iter(self.loader())]*c.accumulate) if self.step < self.total else ():
+        self.replaced(parts)
+        out = self.train_step(parts)
         if self.step % c.log_steps and self.step % self.steps_per_epoch: continue
         self.seconds, now = time.time() - begun, time.time()
         line = self.log_line(out, (self.step - since[0])*c.batch/(now - since[1]))
         since = self.step, now
         if now - printed > 30 or self.step == self.total: self.progress(line); printed = now
-        if now - saved > 60*c.save_minutes and self.step < self.total: self.save(); saved = now
+        if self.due(saved): self.save(); saved = time.time()
     self.finish()
     return read_log(self.out)
+
+# %% ../nbs/08_training.ipynb #08-62
+def _end_with(pid):
+    "Ends this process when another one is gone."
+    def watch():
+        while Path(f'/proc/{pid}').exists() if Path('/proc/self').exists() else os.getppid() != 1: time.sleep(2)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+def _join(): # started by torchrun
+    "Joins the other processes of the run, each with a GPU of its own if there are any."
+    local, here = int(os.environ['LOCAL_RANK']), int(os.environ['LOCAL_WORLD_SIZE'])
+    if torch.cuda.is_available():
+        if here > torch.cuda.device_count(): raise ValueError(f"{here} processes need {here} GPUs, this machine has {torch.cuda.device_count()}")
+        torch.cuda.set_device(local)
+    dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
+
+def _value(word):
+    "A word from the command line as number, truth value, or itself."
+    try: value = json.loads(word)
+    except ValueError: return word
+    return value if isinstance(value, (int, float)) else word
+
+def main(words=None): # command line, None for this process's
+    "Trains from the command line; under torchrun as one of its processes."
+    parser = argparse.ArgumentParser(prog='python -m pixcon.training', description='Pre-trains a backbone; parameters as in train.ipynb.', allow_abbrev=False)
+    for f in fields(Config): parser.add_argument(f'--{f.name}', metavar=f.type.__name__)
+    given = {n: _value(v) for n, v in vars(parser.parse_args(words)).items() if v is not None}
+    if 'PIXCON_PARENT' in os.environ: _end_with(int(os.environ['PIXCON_PARENT']))
+    try:
+        if int(os.environ.get('WORLD_SIZE', 1)) > 1: _join()
+        run = Run(*configure(**given))
+        if run.rank == 0: print(f'{run.images}; {run.total} steps of {run.config.batch} images on {run.world} x {run.device}; run folder {run.out}', flush=True)
+        run.fit()
+    except (ValueError, TypeError, OSError, FloatingPointError) as e: sys.exit(f'pixcon.training: {e}')
+    if dist.is_initialized(): dist.destroy_process_group()
+
+# %% ../nbs/08_training.ipynb #08-63
+def launch(given, processes, # dict of parameters, how many processes on this machine
+           show=print): # called with each line that they print
+    "Trains in several processes, started by torchrun, that end with this one; raises RuntimeError with their last words if they fail."
+    cores = os.cpu_count() or 1
+    if torch.cuda.is_available() and processes > torch.cuda.device_count(): raise ValueError(f"processes must be at most the number of GPUs, {torch.cuda.device_count()}, got {processes}")
+    words = [f'--{n}={v}' for n, v in given.items() if v is not None]
+    environment = {'OMP_NUM_THREADS': str(max(cores//processes, 1)), **os.environ, 'PIXCON_PARENT': str(os.getpid())}
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}', '-m', 'pixcon.training', *words]
+    child, last = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), deque(maxlen=30)
+    try:
+        for line in child.stdout: last.append(line); show(line.rstrip())
+        if child.wait(): raise RuntimeError(f"training in {processes} processes failed:\n{''.join(last)}")
+    finally: child.terminate(); child.wait()
+
+# %% ../nbs/08_training.ipynb #08-74
+if __name__ == '__main__' and '__file__' in globals(): main()

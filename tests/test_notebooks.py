@@ -95,9 +95,9 @@ def test_papermill_parameters(path):
 
 
 def test_train_offers_every_parameter():
-    "The parameters cell and Config have the same names and types."
+    "The parameters cell has Config's names and types, and how many processes to start."
     tagged, = (c for c in cells(ROOT/'nbs'/'train.ipynb', 'code') if 'parameters' in c['metadata'].get('tags', []))
-    assert dict(re.findall(r'^(\w+):(\w+) =', source(tagged), re.M)) == {f.name: f.type.__name__ for f in fields(Config)}
+    assert dict(re.findall(r'^(\w+):(\w+) =', source(tagged), re.M)) == {f.name: f.type.__name__ for f in fields(Config)} | dict(processes='int')
 
 
 def test_readme_names_real_parameters():

@@ -83,17 +83,19 @@ def test_line_cut_off(tmp_path):
     assert [line['step'] for line in log] == list(range(1, 6))
 
 
-def test_loss_that_is_no_number_stops(tmp_path):
-    "The run stops with the step's number, and what was saved before stays."
-    run = Run(*configure(**TINY, out=tmp_path))
+def test_ten_bad_steps_in_a_row_stop(tmp_path):
+    "The run stops and says so, the skipped steps are counted with their images, and what was saved before stays."
+    run = Run(*configure(**TINY, queue_start='random', out=tmp_path))
     run.start()
     run.save()
-    with torch.no_grad(): run.model.image_predictor[0].weight.fill_(torch.nan)
-    batch = next(iter(run.loader()))
-    run.model.image_queue.enqueue(torch.ones(3, 8))
-    out = run.train_step(batch)
-    with pytest.raises(RuntimeError, match='loss at step 1 is nan'): run.log_line(out, 0.)
+    run.photometric = lambda view, draw: torch.full(view.shape, torch.nan)
+    weights = {n: p.clone() for n, p in run.model.named_parameters() if not n.startswith('twin')}
+    with pytest.raises(FloatingPointError, match='10 steps in a row, up to step 10, were not finite'): run.fit()
+    for n, p in run.model.named_parameters():
+        if n in weights: assert torch.equal(p, weights[n]), n
     assert torch.load(tmp_path/'checkpoint.pt', weights_only=True)['step'] == 0
+    noted = [json.loads(line) for line in (tmp_path/'skipped.jsonl').read_text().splitlines()]
+    assert [line['step'] for line in noted] == list(range(1, 11)) and all(len(line['images']) == 4 for line in noted)
 
 
 def test_folder_holds_what_the_run_was(tmp_path):
