@@ -377,6 +377,42 @@ def cost(self:Run):
 
 # %% ../nbs/08_training.ipynb #08-41
 @patch
+def memory(self:Run):
+    "Estimated bytes: what is held throughout, and what the forward passes of one process's part of the batch keep."
+    c, size = self.config, lambda tensors: sum(t.numel()*t.element_size() for t in tensors)
+    learned = size(p for p in self.model.parameters() if p.requires_grad)
+    held = size(self.model.state_dict().values()) + learned*(3 if c.optimizer == 'adamw' else 2)
+    encoder, kept = copy.deepcopy(self.model.online), {}
+    own = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
+    def note(t):
+        if t.untyped_storage().data_ptr() not in own: kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.autocast(self.device, self.dtype) if self.dtype else nullcontext():
+        out = encoder(torch.zeros(2, 3, c.size, c.size, device=self.device))
+    return held, c.batch//(c.accumulate*self.world)*sum(kept.values())  # two photos of one view take what one photo of two views does
+
+def _why(name, c, n):
+    "Why a parameter is not the paper's, where the code chose it."
+    if name == 'lr' and c.optimizer == 'sgd' and math.isclose(c.lr, .4*c.batch/512): return 'scaled with the batch'
+    if name == 'queue' and c.queue == n: return 'a longer one would hold a photo more than once, and a query would have itself among its negatives'
+    if name == 'queue' and c.queue > n: return f'LONGER THAN THE {n} PHOTOS: a query has itself among its negatives'
+    if name == 'warmup_epochs' and c.warmup_epochs == c.epochs/10: return 'at most a tenth of the run'
+    return ''
+
+@patch
+def plan(self:Run):
+    "The run as text: how long and how large, and each parameter that differs from the paper's recipe."
+    c, cost, (held, kept), paper = self.config, self.cost(), self.memory(), asdict(Config())
+    b, machine = c.batch//(c.accumulate*self.world), {'data', 'out', 'recipe', 'seed', 'scenes', 'scene_size', 'workers', 'cache', 'log_steps', 'save_minutes', 'save_epochs', 'compile', 'amp'}
+    rows = [f"  {n} = {v!r}, paper {paper[n]!r}" + (f' ({why})' if (why := _why(n, c, len(self.images))) else '') for n, v in asdict(c).items() if n not in machine and v != paper[n]]
+    statistics = f'{b*self.world} images, synchronised over {self.world} GPUs' if self.device == 'cuda' and self.world > 1 else f'{b} images'
+    return '\n'.join([f"{self.total - self.step} steps of {c.batch} images on {self.world} x {self.device} in {self.dtype or torch.float32}; batch statistics over {statistics}",
+        f"predicted: {cost['photos_per_s']:.0f} images/s, {cost['hours']*60:.1f} min; the largest part is {cost['bottleneck']}",
+        f"predicted: {held/2**30:.2f} GB for weights, optimizer and queues, {kept/2**30:.2f} GB for the forward pass",
+        'differs from the paper in:' if rows else "all parameters are the paper's", *rows])
+
+# %% ../nbs/08_training.ipynb #08-44
+@patch
 def look_back(self:Run):
     "Reads the flags of the steps since the last look; counts those skipped, and stops the run after ten in a row."
     flags, first = torch.stack([good for good, _ in self.watched]).tolist() if self.watched else [], self.step - len(self.watched) + 1
@@ -403,7 +439,7 @@ def name_of(self:Run, i):
     "What image i is called."
     return str(self.images.paths[i]) if hasattr(self.images, 'paths') else i
 
-# %% ../nbs/08_training.ipynb #08-42
+# %% ../nbs/08_training.ipynb #08-45
 @patch
 def log_line(self:Run, out, images_per_s):
     "What is known after a step, as a flat dict."
@@ -421,7 +457,7 @@ def read_log(out): # run folder
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [{n: math.nan if v is None else v for n, v in json.loads(line).items()} for line in lines if line.endswith('\n')]
 
-# %% ../nbs/08_training.ipynb #08-44
+# %% ../nbs/08_training.ipynb #08-47
 def _reason(e):
     "What is wrong with a file, from what its reader raised."
     asked = re.search(r'GLOBAL (\S+)', str(e))
@@ -436,7 +472,7 @@ def read_file(path, reader=load_pth): # reader: a function of the path
     try: return reader(path)
     except Exception as e: raise ValueError(f"{str(path)!r} is truncated or not a checkpoint ({_reason(e)})") from e
 
-# %% ../nbs/08_training.ipynb #08-45
+# %% ../nbs/08_training.ipynb #08-48
 _may_differ = {'accumulate', 'save_epochs', 'data', 'out', 'epochs', 'amp', 'compile', 'workers', 'cache', 'log_steps', 'save_minutes', 'warmup_epochs', 'recipe'}
 
 def _fingerprint(images):
@@ -467,7 +503,7 @@ def save(self:Run):
     if newest.exists(): os.replace(newest, self.out/'checkpoint-before.pt')
     os.replace(self.out/'checkpoint.new', newest)
 
-# %% ../nbs/08_training.ipynb #08-46
+# %% ../nbs/08_training.ipynb #08-49
 @patch
 def newest(self:Run):
     "The last checkpoint that can be read, None if there is none at all; a damaged one is set aside."
@@ -475,9 +511,9 @@ def newest(self:Run):
     for path in found:
         try: return read_file(path)
         except ValueError as e:
-            warnings.warn(f"{e}; it is set aside as {path.stem}.damaged" + ('' if path == found[-1] else ', and the one before is used'))
+            if path == found[-1]: raise ValueError(f"no checkpoint in {str(self.out)!r} can be read. Choose another `out`, or empty the folder to begin anew") from e
+            warnings.warn(f"{e}; it is set aside as {path.stem}.damaged, and the one before is used")
             os.replace(path, path.with_suffix('.damaged'))
-    if found: raise ValueError(f"no checkpoint in {str(self.out)!r} can be read. Choose another `out`, or empty the folder to begin anew")
 
 @patch
 def load(self:Run, state): # of `newest`
@@ -497,7 +533,7 @@ def _cut(path, step):
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     if lines: path.write_text(''.join(line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= step))
 
-# %% ../nbs/08_training.ipynb #08-49
+# %% ../nbs/08_training.ipynb #08-52
 def read_run(folder, encoder='online'): # run folder; 'online' or 'twin'
     "Tensors of one encoder's backbone, the run's parameters (dict) and the steps made."
     folder = Path(folder).expanduser()
@@ -510,7 +546,7 @@ def read_run(folder, encoder='online'): # run folder; 'online' or 'twin'
     state = {n.removeprefix(prefix): t.clone(memory_format=torch.contiguous_format) for n, t in saved['model'].items() if n.startswith(prefix)}
     return state, saved['config'], saved['step']
 
-# %% ../nbs/08_training.ipynb #08-50
+# %% ../nbs/08_training.ipynb #08-53
 def trained_backbone(run, # run folder of train.ipynb
                      make=make_backbone, # function of name and stride that gives the module
                      encoder='online'): # or 'twin'
@@ -523,7 +559,7 @@ def trained_backbone(run, # run folder of train.ipynb
     backbone.load_state_dict(state)
     return backbone, config
 
-# %% ../nbs/08_training.ipynb #08-53
+# %% ../nbs/08_training.ipynb #08-56
 @patch
 def loader(self:Run):
     "Batches from the present step to the end of the run."
@@ -563,7 +599,7 @@ def progress(self:Run, line):
     print(f"step {self.step}/{self.total}, epoch {line['epoch']:.1f}/{self.config.epochs}: loss {line['loss']:.3f} "
           f"(chance {line['loss_chance']:.3f}), {line['images_per_s']:.0f} images/s, {left/60:.1f} min left", flush=True)
 
-# %% ../nbs/08_training.ipynb #08-54
+# %% ../nbs/08_training.ipynb #08-57
 @patch
 def replaced(self:Run, parts):
     "Notes the images of a step that could not be read, and stops the run when they are more than 1 % of all."
@@ -599,7 +635,7 @@ def fit(self:Run):
     self.finish()
     return read_log(self.out)
 
-# %% ../nbs/08_training.ipynb #08-62
+# %% ../nbs/08_training.ipynb #08-65
 def _end_with(pid):
     "Ends this process when another one is gone."
     def watch():
@@ -635,7 +671,7 @@ def main(words=None): # command line, None for this process's
     except (ValueError, TypeError, OSError, FloatingPointError) as e: sys.exit(f'pixcon.training: {e}')
     if dist.is_initialized(): dist.destroy_process_group()
 
-# %% ../nbs/08_training.ipynb #08-63
+# %% ../nbs/08_training.ipynb #08-66
 def launch(given, processes, # dict of parameters, how many processes on this machine
            show=print): # called with each line that they print
     "Trains in several processes, started by torchrun, that end with this one; raises RuntimeError with their last words if they fail."
@@ -644,11 +680,13 @@ def launch(given, processes, # dict of parameters, how many processes on this ma
     words = [f'--{n}={v}' for n, v in given.items() if v is not None]
     environment = {'OMP_NUM_THREADS': str(max(cores//processes, 1)), **os.environ, 'PIXCON_PARENT': str(os.getpid())}
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}', '-m', 'pixcon.training', *words]
-    child, last = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), deque(maxlen=30)
+    child, last, ended = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), deque(maxlen=40), False
     try:
-        for line in child.stdout: last.append(line); show(line.rstrip())
+        for line in child.stdout:
+            ended = ended or 'torch/distributed/elastic' in line   # from here on torchrun speaks, not the processes
+            if not ended: last.append(line); show(line.rstrip())
         if child.wait(): raise RuntimeError(f"training in {processes} processes failed:\n{''.join(last)}")
     finally: child.terminate(); child.wait()
 
-# %% ../nbs/08_training.ipynb #08-74
+# %% ../nbs/08_training.ipynb #08-77
 if __name__ == '__main__' and '__file__' in globals(): main()
