@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['scores', 'resized', 'cell_features', 'linear_probe', 'labelled_scenes', 'probe_scenes', 'LabelledImages',
-           'LabelledScenes', 'open_labelled', 'nearest_cells', 'show_nearest', 'cell_classes', 'knn_score',
-           'feature_health']
+           'LabelledScenes', 'which_labelled', 'open_labelled', 'nearest_cells', 'show_nearest', 'cell_classes',
+           'knn_score', 'feature_health']
 
 # %% ../nbs/09_probe.ipynb #09-02
 import math, os, tempfile
@@ -271,16 +271,21 @@ def _recognise(root):
     if _below(root, 'stuffthingmaps'): return 'cocostuff'
     return 'ade20k' if _below(root, 'annotations/training') or _below(root, 'annotations/validation') else 'pairs'
 
+def which_labelled(data): # as for `open_labelled`
+    "Which data set a text names, and its folder: (kind, path), path None for scenes."
+    if data in ('', 'scenes'): return 'scenes', None
+    kind, _, rest = data.partition(':')
+    root = Path(rest if kind in _readers else data).expanduser()
+    if not root.is_dir(): raise FileNotFoundError(f"{str(root)!r} is no folder. Labelled data are 'scenes' or a folder, perhaps after one of {', '.join(k + ':' for k in _readers)}")
+    return kind if kind in _readers else _recognise(root), root
+
 def open_labelled(data='scenes', # 'scenes' or a folder, which may follow a name: 'voc:/data/VOCdevkit'
                   split='train', # as in the table above
                   n=200, size=96, # how many scenes, their side in pixels
                   classes=None, ignore=()): # of folders of pairs: how many classes, numbers that mean no class
     "Opens a labelled data set by its folders' layout or by name."
-    if data in ('', 'scenes'): return LabelledScenes(split, n, size)
-    kind, _, rest = data.partition(':')
-    root = Path(rest if kind in _readers else data).expanduser()
-    if not root.is_dir(): raise FileNotFoundError(f"{str(root)!r} is no folder. Labelled data are 'scenes' or a folder, perhaps after one of {', '.join(k + ':' for k in _readers)}")
-    return _readers[kind if kind in _readers else _recognise(root)](root, split, classes=classes, ignore=ignore)
+    kind, root = which_labelled(data)
+    return LabelledScenes(split, n, size) if kind == 'scenes' else _readers[kind](root, split, classes=classes, ignore=ignore)
 
 # %% ../nbs/09_probe.ipynb #09-44
 @torch.no_grad()
