@@ -24,7 +24,7 @@ def random_box(rng, # numpy Generator
                height, width, # size of the photo in pixels
                scale=(.08, 1.), # smallest and largest share of the photo's area
                ratio=(3/4, 4/3)): # smallest and largest width/height
-    "One crop box (top, left, height, width) in pixels of the photo."
+    "One crop box (top, left, height, width) in pixels of the photo (PixCon 2025, section 5.1)."
     for _ in range(10):
         area, aspect = rng.uniform(*scale)*height*width, math.exp(rng.uniform(*np.log(ratio)))
         h, w = round(math.sqrt(area/aspect)), round(math.sqrt(area*aspect))

@@ -39,6 +39,7 @@ class PixCon(nn.Module):
         self.online = Encoder(backbone, feature_shape(backbone, size)[0], hidden, dim)
         self.twin = make_twin(self.online)
         self.image_predictor, self.dense_predictor = predictor(dim, hidden), predictor(dim, hidden)
+        if not dense_weight: self.online.dense_head.requires_grad_(False), self.dense_predictor.requires_grad_(False)
         self.image_queue, self.dense_queue = Queue(queue, dim, queue_start), Queue(queue, dim, queue_start)
 
 # %% ../nbs/07_model.ipynb #07-14
@@ -83,10 +84,10 @@ def dense_direction(self:PixCon, f_q, f_k, index, weights): # (B,C,h,w) x2, (B,S
 
 @patch
 def image_direction(self:PixCon, f_q, f_k): # (B,C,h,w) x2
-    "Image loss of one direction and the keys for the queue, (B,D)."
+    "Image loss of one direction, the keys for the queue (B,D), and each query's cosine to its positive (B,)."
     q = _unit(self.image_predictor(self.online.image_head(f_q)))   # (B,D)
     with torch.no_grad(): keys = _unit(self.twin.image_head(f_k))  # (B,D)
-    return info_nce(q, keys, self.image_queue.negatives(), self.tau).mean(), keys
+    return info_nce(q, keys, self.image_queue.negatives(), self.tau).mean(), keys, (q*keys).sum(1).detach()
 
 # %% ../nbs/07_model.ipynb #07-20
 @patch
@@ -98,10 +99,10 @@ def forward(self:PixCon, view, # (B,2,3,H,W) float, normalised
     f_q = [self.online.backbone(v) for v in view.unbind(1)]        # (B,C,h,w) each
     with torch.no_grad(): f_k = [self.twin.backbone(v) for v in view.unbind(1)]
     index, cosine, inside, weights = self.match(f_q, f_k, box, flip, inside)  # (B,2,S) each
-    dense = [self.dense_direction(f_q[v], f_k[1-v], index[:, v], None if weights is None else weights[:, v]) for v in (0, 1)]
     image = [self.image_direction(f_q[v], f_k[1-v]) for v in (0, 1)]
-    loss_dense = self.dense_weight*(dense[0][0] + dense[1][0])
+    dense = [self.dense_direction(f_q[v], f_k[1-v], index[:, v], None if weights is None else weights[:, v]) for v in (0, 1)] if self.dense_weight else image
     loss_image = (1 - self.dense_weight)*(image[0][0] + image[1][0])
+    loss_dense = self.dense_weight*(dense[0][0] + dense[1][0])
     return loss_image + loss_dense, dict(
         loss_image=loss_image.detach(), loss_dense=loss_dense.detach(), index=index, similarity=cosine, inside=inside, weights=weights,
         image_keys=torch.stack([image[1][1], image[0][1]], 1), dense_keys=torch.stack([dense[1][1], dense[0][1]], 1),  # (B,2,D)

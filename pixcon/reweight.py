@@ -10,11 +10,11 @@ import torch
 
 # %% ../nbs/05_reweight.ipynb #05-09
 def semantic_weights(sim, # (N,S) cosine of each query cell's best match
-                     inside=None, # (N,S) bool, True where the other view sees the cell too; None: no cell is treated as shared
+                     inside=None, # (N,S) bool, True where the other view sees the cell too; None: the similarity itself, negative ones as 0, to the power
                      power=2.): # gamma, above 1 lowers the middle
     "Weight of each query cell, (N,S): 1 inside, rescaled similarity outside, finite always (PixCon-SR)."
     if not power > 0: raise ValueError(f"power must be above 0, got {power}")
-    if inside is None: return sim**power
+    if inside is None: return sim.clamp(min=0)**power
     low = sim.amin(1, keepdim=True)                                # (N,1)
     high = sim.masked_fill(inside, -torch.inf).amax(1, keepdim=True)  # (N,1)
     span = high - low

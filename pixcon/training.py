@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'ema_momentum', 'learning_rate', 'Config', 'check', 'variant', 'configure', 'Batches', 'precision', 'Run',
-           'enqueued_view', 'read_log']
+           'enqueued_view', 'photo_work', 'step_cost', 'read_log', 'write_checkpoint', 'load_pth', 'read_file',
+           'read_run', 'trained_backbone']
 
 # %% ../nbs/08_training.ipynb #08-02
-import difflib, json, math, os, time
+import copy, difflib, hashlib, json, math, os, re, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,21 +17,23 @@ import torch
 from fastcore.basics import patch
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from .augment import Photometric, TwoViews
 from .data import Cached, Scenes, open_images
-from .encoder import feature_shape
+from .encoder import feature_shape, library_weights, make_backbone, update_twin
+from .loss import info_nce
 from .model import PixCon
 
 # %% ../nbs/08_training.ipynb #08-05
 def ema_momentum(step, # optimizer steps made so far
                  total, # steps of the whole run
                  start=.99, end=1.):
-    "Momentum of the twin at a step."
+    "Momentum of the twin at a step (PixCon 2025, section 5.1)."
     return end - (end - start)*(math.cos(math.pi*step/total) + 1)/2
 
 def learning_rate(step, steps_per_epoch, epochs, lr, # lr: the highest rate
                   warmup_epochs=4, warmup_start=1e-4): # epochs of linear growth, share of lr it starts from
-    "Learning rate at a step: cosine by epoch, times linear warm-up by step."
+    "Learning rate at a step: cosine by epoch, times linear warm-up by step (PixCon 2025, section 5.1)."
     rate = lr*(1 + math.cos(math.pi*(step//steps_per_epoch)/epochs))/2
     warmup = warmup_epochs*steps_per_epoch
     return rate*(1 - (1 - step/warmup)*(1 - warmup_start)) if step < warmup else rate
@@ -59,7 +62,7 @@ class Config:
     epochs: int = 800          # passes over the images
     batch: int = 512           # images in a step
     optimizer: str = 'sgd'     # or 'adamw'
-    lr: float = .4             # highest learning rate
+    lr: float = .4             # highest learning rate; for sgd times batch/512 if not given
     weight_decay: float = 1e-4 # on all parameters
     warmup_epochs: float = 4.  # linear warm-up
     twin_start: float = .99    # the twin's first momentum
@@ -69,6 +72,7 @@ class Config:
     scenes: int = 256          # how many built-in scenes
     scene_size: int = 96       # their side in pixels
     amp: str = 'auto'          # mixed precision: 'auto', 'off', 'bf16', 'fp16'
+    compile: str = 'auto'      # torch.compile for the backbones: 'on', 'off', 'auto' for on in long runs on a GPU
     workers: int = -1          # processes that load images, -1 for what the machine has
     cache: str = 'auto'        # images kept in memory, decoded: 'auto', 'ram', 'off'
     log_steps: int = 10        # steps between two lines of the log
@@ -82,7 +86,7 @@ RECIPES = dict(
 
 # %% ../nbs/08_training.ipynb #08-12
 _choices = dict(recipe=('auto', *RECIPES), matching=('sim', 'coord'), queue_start=('empty', 'random'), overlap_rule=('area', 'floor'),
-                optimizer=('sgd', 'adamw'), amp=('auto', 'off', 'bf16', 'fp16'), cache=('auto', 'ram', 'off'))
+                optimizer=('sgd', 'adamw'), amp=('auto', 'off', 'bf16', 'fp16'), compile=('auto', 'on', 'off'), cache=('auto', 'ram', 'off'))
 _least = dict(stride=0, size=8, dense_weight=0, tau=1e-4, power=1e-3, queue=1, max_dist=0, hidden=1, dim=2, epochs=1, batch=2, lr=1e-12,
               weight_decay=0, warmup_epochs=0, twin_start=0, min_scale=1e-4, blur_sigma=.1, seed=0, scenes=2, scene_size=16, workers=-1, log_steps=1, save_minutes=0)
 _most = dict(dense_weight=1, twin_start=1, min_scale=1)
@@ -120,6 +124,8 @@ def variant(config):
     if config.dense_weight == 0: return 'moco'
     return 'coord' if config.matching == 'coord' else 'sr' if config.reweight else 'sim'
 
+_rates = dict(sgd=dict(lr=.4, weight_decay=1e-4), adamw=dict(lr=1e-3, weight_decay=1e-2))
+
 def _default_out(config, images):
     "Folder runs/NAME; beside nbs/ when started from there."
     last = config.data.rstrip(os.sep).split(os.pathsep)[0]
@@ -133,7 +139,9 @@ def configure(**given): # parameters by name, None for those left to the recipe
     images = open_images(data, given.get('scenes', Config.scenes), given.get('scene_size', Config.scene_size), given.get('seed', 0))
     recipe = given.get('recipe', 'auto')
     recipe = recipe if recipe != 'auto' else 'small' if isinstance(images, Scenes) else 'paper'
-    c = Config(**{**RECIPES[recipe], **given, 'data': data, 'recipe': recipe})
+    values = {**RECIPES[recipe], **given, 'data': data, 'recipe': recipe}
+    other = given.get('optimizer', RECIPES[recipe].get('optimizer', 'sgd')) != RECIPES[recipe].get('optimizer', 'sgd')
+    c = Config(**values | {n: v for n, v in (_rates[values['optimizer']] if other else {}).items() if n not in given})
     if 'lr' not in given and c.optimizer == 'sgd': c.lr = .4*c.batch/512
     if 'warmup_epochs' not in given: c.warmup_epochs = min(c.warmup_epochs, c.epochs/10)
     if 'queue' not in given: c.queue = min(c.queue, len(images))
@@ -150,7 +158,7 @@ class Batches:
     def __iter__(self):
         per_epoch = self.n//self.batch
         for epoch in range(self.start//per_epoch, self.epochs):
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
+            order = np.random.default_rng((self.seed, epoch, 0, 2)).permutation(self.n)
             for k in range(self.start % per_epoch if epoch == self.start//per_epoch else 0, per_epoch):
                 yield [(epoch, int(i)) for i in order[k*self.batch:(k+1)*self.batch]]
 
@@ -166,26 +174,29 @@ def precision(amp, device): # as in Config, 'cpu' or 'cuda'
     if amp == 'fp16' and device != 'cuda': raise ValueError("amp 'fp16' needs a GPU; on a CPU use 'auto', 'bf16' or 'off'")
     return dict(off=None, bf16=torch.bfloat16, fp16=torch.float16)[amp]
 
-def _kept(images, cache):
-    "The images, decoded and kept in memory if asked to, or if they fit into 2 GB."
-    fits = lambda: len(images)*images[0].numel() < 2e9
-    return Cached(images) if cache == 'ram' or cache == 'auto' and (isinstance(images, Scenes) or fits()) else images
+def _fits(images, cache):
+    "Whether the decoded images are to be kept in memory: if asked to, or if a sample says that they take less than 2 GB."
+    sample = range(0, len(images), max(len(images)//32, 1))
+    return cache == 'ram' or cache == 'auto' and len(images)*np.mean([images[i].numel() for i in sample]) < 2e9
 
-def _workers(workers, images):
+def _workers(workers, in_memory):
     "Loader processes: none for images in memory on a small machine, else one for each spare core."
     if workers >= 0: return workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return 0 if cores <= 2 and isinstance(images, Cached) else max(cores - 1, 1)
+    return 0 if cores <= 2 and in_memory else max(cores - 1, 1)
 
 # %% ../nbs/08_training.ipynb #08-24
 class Run:
     "One training run; `fit` trains it to its end, from where its folder left off."
     def __init__(self, config, images): # what `configure` returned
+        if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise ValueError(f"a run is one process, WORLD_SIZE is {os.environ['WORLD_SIZE']}; start it without torchrun")
         self.config, self.device, self.step, self.seconds = config, 'cuda' if torch.cuda.is_available() else 'cpu', 0, 0.
         self.out, self.steps_per_epoch = Path(config.out), len(images)//config.batch
         self.total, self.dtype = self.steps_per_epoch*config.epochs, precision(config.amp, self.device)
         torch.manual_seed(config.seed)
         self.model = _build(config).to(self.device, memory_format=torch.channels_last if self.dtype else torch.contiguous_format)
+        torch.backends.cudnn.benchmark = True
+        if _compiles(config.compile, self.device, self.total): self.model.online.backbone.compile(), self.model.twin.backbone.compile()
         self.optimizer = _optimizer(config, self.model)
         self.scaler = torch.amp.GradScaler(self.device, enabled=self.dtype == torch.float16)
         self.photometric = Photometric(sigma=(.1, config.blur_sigma)).to(self.device)
@@ -199,11 +210,15 @@ def _build(c):
     if h*w < 2: raise ValueError(f"views of {c.size} pixels give {c.backbone} a map of one cell; take a larger size or a smaller stride")
     return model
 
+def _compiles(choice, device, steps):
+    "Whether compiling is asked for, or likely to pay back."
+    return choice == 'on' or choice == 'auto' and device == 'cuda' and steps >= 5000
+
 def _optimizer(c, model):
-    "SGD with momentum 0.9, or AdamW, over everything that takes a gradient."
+    "SGD with momentum 0.9, or AdamW, over everything that takes a gradient; each step is one fused call."
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if c.optimizer == 'sgd': return torch.optim.SGD(parameters, c.lr, momentum=.9, weight_decay=c.weight_decay)
-    return torch.optim.AdamW(parameters, c.lr, weight_decay=c.weight_decay)
+    if c.optimizer == 'sgd': return torch.optim.SGD(parameters, c.lr, momentum=.9, weight_decay=c.weight_decay, fused=True)
+    return torch.optim.AdamW(parameters, c.lr, weight_decay=c.weight_decay, fused=True)
 
 # %% ../nbs/08_training.ipynb #08-26
 def enqueued_view(seed, step):
@@ -231,56 +246,175 @@ def train_step(self:Run, batch): # dict of tensors from the loader
     return out
 
 # %% ../nbs/08_training.ipynb #08-30
+def photo_work(model, size): # PixCon, pixels a side of a view
+    "Floating-point operations that one photo costs in a step: the networks, and the loss with a full queue."
+    def run(module, x):
+        with FlopCounterMode(display=False) as counter, torch.no_grad(): y = copy.deepcopy(module).eval()(x)
+        return counter.get_total_flops(), y
+    encoder, (_, dense, image) = run(model.online, next(model.parameters()).new_zeros(1, 3, size, size))
+    cells = dense.flatten(2)[0].T                                  # (S,D)
+    predictors = run(model.image_predictor, image)[0] + run(model.dense_predictor, cells)[0]
+    return dict(network=8*encoder + 6*predictors, loss=8*(len(cells) + 1)*model.dense_queue.keys.numel())
+
+def _seconds(f, device, repeats=2):
+    "Shortest time of a call after a first one to warm up."
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter(); f()
+        if device == 'cuda': torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+# %% ../nbs/08_training.ipynb #08-31
+@patch
+def machine_rates(self:Run, photos=4): # photos: how many to time each part with
+    "What this machine does in a second: FLOP of networks and of the loss, pixels of photometrics, parameters updated, photos read by one core."
+    c, device, model = self.config, self.device, copy.deepcopy(self.model)
+    draw, view = torch.rand(photos, 2, 13), torch.zeros(photos, 2, 3, c.size, c.size, dtype=torch.uint8, device=device)
+    q, keys = (torch.nn.functional.normalize(torch.randn(n, c.dim, device=device), dim=1) for n in (256, len(model.dense_queue.keys)))
+    def network():
+        for v in self.photometric(view, draw).unbind(1):           # (n,3,H,W)
+            with torch.autocast(device, self.dtype) if self.dtype else nullcontext(): f, dense, image = model.online(v)
+            (dense.float().mean() + image.float().mean()).backward()
+            with torch.no_grad(), torch.autocast(device, self.dtype) if self.dtype else nullcontext(): model.twin(v)
+    colours = _seconds(lambda: self.photometric(view, draw), device)
+    return dict(network=photos*photo_work(model, c.size)['network']/max(_seconds(network, device) - colours, 1e-9), photometrics=view.numel()/colours,
+                loss=4*q.numel()*len(keys)/_seconds(lambda: info_nce(q, q, keys, c.tau), device),
+                update=sum(p.numel() for p in model.online.parameters())/(3*_seconds(lambda: update_twin(model.online, model.twin, 1.), device)),
+                read=_read_rate(self.images, c.size, _fits(self.images, c.cache)))
+
+def _read_rate(images, size, in_memory):
+    "Photos whose two views one thread makes in a second."
+    sample = [images[i] for i in range(0, len(images), max(len(images)//8, 1))] if in_memory else images
+    views, threads = TwoViews(sample, size), torch.get_num_threads()
+    torch.set_num_threads(1)
+    spots = range(0, len(sample), max(len(sample)//8, 1))
+    try: return len(spots)/_seconds(lambda: [views[0, i] for i in spots], 'cpu')
+    finally: torch.set_num_threads(threads)
+
+# %% ../nbs/08_training.ipynb #08-33
+def step_cost(config, parameters, work, rates, gpus=1, cores=0): # parameters: of the online encoder; cores: that read, 0 for the one that trains
+    "Predicted seconds of each part of a step, of the whole step, photos a second, and the part that takes longest."
+    n = config.batch/gpus
+    parts = dict(network=n*work['network']/rates['network'], loss=n*work['loss']/rates['loss'],
+                 photometrics=n*6*config.size**2/rates['photometrics'], update=parameters/rates['update'])
+    read = config.batch/rates['read']/max(cores, 1)
+    step = max(sum(parts.values()), read) if cores else sum(parts.values()) + read
+    parts['read'] = read
+    return dict(**parts, step=step, photos_per_s=config.batch/step, bottleneck='read' if cores and read == step else max(parts, key=parts.get))
+
+@patch
+def cost(self:Run):
+    "The row of `step_cost` for this run on this machine, with the hours that are left."
+    workers = _workers(self.config.workers, _fits(self.images, self.config.cache))
+    parameters = sum(p.numel() for p in self.model.online.parameters())
+    row = step_cost(self.config, parameters, photo_work(self.model, self.config.size), self.machine_rates(), cores=workers)
+    return dict(**row, hours=(self.total - self.step)*row['step']/3600)
+
+# %% ../nbs/08_training.ipynb #08-39
 @patch
 def log_line(self:Run, out, images_per_s):
     "What is known after a step, as a flat dict."
     line = dict(step=self.step, epoch=round(self.step/self.steps_per_epoch, 4), loss=(out['loss_image'] + out['loss_dense']).item(),
                 loss_image=out['loss_image'].item(), loss_dense=out['loss_dense'].item(), loss_chance=2*math.log(self.negatives + 1),
                 lr=self.lr, momentum=self.momentum, images_per_s=round(images_per_s, 1))
+    if not math.isfinite(line['loss']): raise RuntimeError(f"the loss at step {self.step} is {line['loss']}; lower lr ({self.config.lr}) or set amp to 'off'. The last checkpoint is from before")
     if self.step % self.steps_per_epoch == 0: line.update(self.model.health(out))
     with open(self.out/'log.jsonl', 'a') as f: f.write(json.dumps(line) + '\n')
     return line
 
 def read_log(out): # run folder
-    "The lines of a run's log as a list of dicts."
+    "The lines of a run's log as a list of dicts; a last line cut off in the middle is left out."
     path = Path(out)/'log.jsonl'
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith('\n')]
 
-# %% ../nbs/08_training.ipynb #08-32
-_may_differ = {'out', 'epochs', 'amp', 'workers', 'cache', 'log_steps', 'save_minutes', 'warmup_epochs', 'recipe'}
+# %% ../nbs/08_training.ipynb #08-41
+_may_differ = {'data', 'out', 'epochs', 'amp', 'compile', 'workers', 'cache', 'log_steps', 'save_minutes', 'warmup_epochs', 'recipe'}
 
-@patch
-def save(self:Run):
-    "Writes the checkpoint, all of it or nothing."
-    state = dict(config=asdict(self.config), step=self.step, seconds=self.seconds, model=self.model.state_dict(),
-                 optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
-    part = self.out/'checkpoint.part'
+def _fingerprint(images):
+    "How many images, and a hash of the file names in order."
+    names = '\n'.join(p.name for p in getattr(images, 'paths', ()))
+    return f"{len(images)} images {hashlib.sha256(names.encode()).hexdigest()[:12]}"
+
+def write_checkpoint(path, state): # file, dict of tensors and plain values
+    "Writes a checkpoint, all of it or nothing."
+    part = path.with_suffix('.part')
     with open(part, 'wb') as f:
         torch.save(state, f)
         f.flush(); os.fsync(f.fileno())
-    os.replace(part, self.out/'checkpoint.pt')
+    os.replace(part, path)
+
+@patch
+def save(self:Run):
+    "Writes the run's checkpoint."
+    state = dict(config=asdict(self.config), images=_fingerprint(self.images), step=self.step, seconds=self.seconds, model=self.model.state_dict(),
+                 optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
+    write_checkpoint(self.out/'checkpoint.pt', state)
 
 @patch
 def load(self:Run):
     "Continues from the folder's checkpoint; raises ValueError if it is of a run with other parameters."
-    state = torch.load(self.out/'checkpoint.pt', map_location=self.device, weights_only=True)
-    ours, theirs = asdict(self.config), state['config']
+    state = torch.load(self.out/'checkpoint.pt', map_location='cpu', weights_only=True)
+    ours, theirs = asdict(self.config) | dict(images=_fingerprint(self.images)), state['config'] | dict(images=state.get('images'))
     other = [f"{n} {theirs.get(n)!r}, now {v!r}" for n, v in ours.items() if n not in _may_differ and theirs.get(n) != v]
+    if state['step'] > self.total: other.append(f"{state['step']} steps done, now {self.total} in all")
     if other: raise ValueError(f"{self.out} holds a run with {'; '.join(other)}. Choose another `out`, or the same parameters")
     self.model.load_state_dict(state['model'])
     self.optimizer.load_state_dict(state['optimizer'])
-    self.scaler.load_state_dict(state['scaler'])
+    if state['scaler']: self.scaler.load_state_dict(state['scaler'])
     self.step, self.seconds = state['step'], state['seconds']
     lines = [json.dumps(line) + '\n' for line in read_log(self.out) if line['step'] <= self.step]
     (self.out/'log.jsonl').write_text(''.join(lines))
 
-# %% ../nbs/08_training.ipynb #08-35
+# %% ../nbs/08_training.ipynb #08-44
+def _reason(e):
+    "What is wrong with a file, from what its reader raised."
+    asked = re.search(r'GLOBAL (\S+)', str(e))
+    if asked: return f"it asks for {asked[1]}, and only tensors are made here"
+    return f"{type(e).__name__}: {str(e).splitlines()[0].split('. ')[0] if str(e) else 'no more to read'}"
+
+def load_pth(path, mmap=False): return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+
+def read_file(path, reader=load_pth): # reader: a function of the path
+    "What a file holds; raises ValueError if it can't be read."
+    if not path.is_file(): raise FileNotFoundError(f"there is no file {str(path)!r}")
+    try: return reader(path)
+    except Exception as e: raise ValueError(f"{str(path)!r} is truncated or not a checkpoint ({_reason(e)})") from e
+
+def read_run(folder, encoder='online'): # run folder; 'online' or 'twin'
+    "Tensors of one encoder's backbone, the run's parameters (dict) and the steps made."
+    folder = Path(folder).expanduser()
+    if encoder not in ('online', 'twin'): raise ValueError(f"encoder must be 'online' or 'twin', got {encoder!r}")
+    path, prefix = folder/'checkpoint.pt', f'{encoder}.backbone.'
+    if not path.is_file(): raise FileNotFoundError(f"{str(folder)!r} is no run folder: there is no checkpoint.pt in it")
+    saved = read_file(path, lambda path: load_pth(path, mmap=True))
+    absent = [n for n in ('config', 'step', 'model') if not isinstance(saved, dict) or n not in saved]
+    if absent: raise ValueError(f"{str(path)!r} is no checkpoint of a run: it has no {', '.join(absent)}")
+    state = {n.removeprefix(prefix): t.clone(memory_format=torch.contiguous_format) for n, t in saved['model'].items() if n.startswith(prefix)}
+    return state, saved['config'], saved['step']
+
+# %% ../nbs/08_training.ipynb #08-45
+def trained_backbone(run, # run folder of train.ipynb
+                     make=make_backbone, # function of name and stride that gives the module
+                     encoder='online'): # or 'twin'
+    "A run's backbone with its weights, and the run's parameters: (module, dict); raises ValueError if a weight does not fit."
+    state, config, _ = read_run(run, encoder)
+    backbone = make(config['backbone'], config['stride'] or None)
+    own = backbone.state_dict()
+    wrong = sorted(own.keys() ^ state.keys()) or [n for n, t in own.items() if t.shape != state[n].shape]
+    if wrong: raise ValueError(f"{len(wrong)} weights of {str(run)!r} don't fit {config['backbone']!r} at stride {config['stride']}, the first is {wrong[0]!r}")
+    backbone.load_state_dict(state)
+    return backbone, config
+
+# %% ../nbs/08_training.ipynb #08-48
 @patch
 def loader(self:Run):
     "Batches from the present step to the end of the run."
-    c, images = self.config, _kept(self.images, self.config.cache)
+    c, in_memory = self.config, _fits(self.images, self.config.cache)
+    images = Cached(self.images) if in_memory else self.images
     views = TwoViews(images, c.size, c.seed, scale=(c.min_scale, 1.))
-    workers = _workers(c.workers, images)
+    workers = _workers(c.workers, in_memory)
     return DataLoader(views, batch_sampler=Batches(len(images), c.batch, c.epochs, c.seed, self.step), num_workers=workers,
                       pin_memory=self.device == 'cuda', prefetch_factor=4 if workers else None)
 
@@ -291,13 +425,14 @@ def start(self:Run):
     if (self.out/'checkpoint.pt').exists():
         self.load()
         print(f'continuing {self.out} at step {self.step} of {self.total}')
+    else: (self.out/'log.jsonl').unlink(missing_ok=True)
     (self.out/'config.json').write_text(json.dumps(asdict(self.config), indent=1))
 
 @patch
 def finish(self:Run):
     "Writes the last checkpoint and the online backbone."
     self.save()
-    state = {n: t.contiguous().cpu() for n, t in self.model.online.backbone.state_dict().items()}
+    state = {n: t.contiguous().cpu() for n, t in library_weights(self.model.online.backbone, self.config.backbone).items()}
     save_file(state, self.out/'backbone.safetensors', {n: str(v) for n, v in asdict(self.config).items()} | dict(step=str(self.step), encoder='online'))
 
 @patch
@@ -305,9 +440,9 @@ def progress(self:Run, line):
     "Prints how far the run is and how long it will take."
     left = (self.total - self.step)*self.config.batch/max(line['images_per_s'], 1e-9)
     print(f"step {self.step}/{self.total}, epoch {line['epoch']:.1f}/{self.config.epochs}: loss {line['loss']:.3f} "
-          f"(knowing nothing {line['loss_chance']:.3f}), {line['images_per_s']:.0f} images/s, {left/60:.1f} min left", flush=True)
+          f"(chance {line['loss_chance']:.3f}), {line['images_per_s']:.0f} images/s, {left/60:.1f} min left", flush=True)
 
-# %% ../nbs/08_training.ipynb #08-36
+# %% ../nbs/08_training.ipynb #08-49
 @patch
 def fit(self:Run):
     "Trains to the end of the run, logging and saving on the way; returns the log."

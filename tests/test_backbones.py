@@ -3,7 +3,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
-from pixcon.encoder import feature_shape, make_backbone
+from pixcon.encoder import feature_shape, library_weights, make_backbone
 from pixcon.model import PixCon
 
 
@@ -20,8 +20,10 @@ def test_torchvision(name, stride, shape):
 @pytest.mark.parametrize('name,shape', [('resnet26', (2048, 4, 4)), ('swin_tiny_patch4_window7_224', (768, 7, 7))])
 def test_timm(name, shape):
     "timm's models, where it is installed, channels first."
-    pytest.importorskip('timm')
-    assert feature_shape(make_backbone(name), 224 if 'swin' in name else 128) == shape
+    timm = pytest.importorskip('timm')
+    backbone = make_backbone(name)
+    assert feature_shape(backbone, 224 if 'swin' in name else 128) == shape
+    assert set(library_weights(backbone, name)) <= set(timm.create_model(name).state_dict())
 
 
 def test_probing_changes_nothing():

@@ -63,6 +63,39 @@ def test_refuses_another_run(tmp_path):
     with pytest.raises(ValueError, match="tau 0.2, now 0.3"): run_whole(tmp_path, epochs=1, tau=.3)
 
 
+def test_refuses_other_images(tmp_path):
+    "The same number of files under other names is another data set; the same files elsewhere are not."
+    from PIL import Image
+    for folder, name in (('a', 'photo'), ('b', 'photo'), ('c', 'other')):
+        (tmp_path/folder).mkdir()
+        for i in range(4): Image.effect_noise((40, 40), 50 + i).save(tmp_path/folder/f'{name}{i}.png')
+    kwargs = dict(recipe='small', epochs=1)
+    run_whole(tmp_path/'run', **{**kwargs, 'data': tmp_path/'a'})
+    run_whole(tmp_path/'run', **{**kwargs, 'data': tmp_path/'b'})
+    with pytest.raises(ValueError, match='images'): run_whole(tmp_path/'run', **{**kwargs, 'data': tmp_path/'c'})
+
+
+def test_line_cut_off(tmp_path):
+    "A log whose last line was not written to its end is read up to there; a run with no checkpoint starts a new log."
+    (tmp_path/'log.jsonl').write_text('{"step": 1}\n{"step": 2, "lo')
+    assert read_log(tmp_path) == [{'step': 1}]
+    _, log = run_whole(tmp_path, epochs=1)
+    assert [line['step'] for line in log] == list(range(1, 6))
+
+
+def test_loss_that_is_no_number_stops(tmp_path):
+    "The run stops with the step's number, and what was saved before stays."
+    run = Run(*configure(**TINY, out=tmp_path))
+    run.start()
+    run.save()
+    with torch.no_grad(): run.model.image_predictor[0].weight.fill_(torch.nan)
+    batch = next(iter(run.loader()))
+    run.model.image_queue.enqueue(torch.ones(3, 8))
+    out = run.train_step(batch)
+    with pytest.raises(RuntimeError, match='loss at step 1 is nan'): run.log_line(out, 0.)
+    assert torch.load(tmp_path/'checkpoint.pt', weights_only=True)['step'] == 0
+
+
 def test_folder_holds_what_the_run_was(tmp_path):
     "config.json whole, log.jsonl with the promised columns, weights under torchvision's names."
     from safetensors.torch import load_file
