@@ -39,6 +39,7 @@ from .augment import imagenet_mean, imagenet_std
 from .data import Scenes, read_image, scene_classes
 from .encoder import make_backbone
 from .plot import colours, show_image
+from .segment import resume_checkpoint
 from .training import _typed, precision, write_checkpoint
 
 # %% ../nbs/11_detect.ipynb #11-07
@@ -454,16 +455,6 @@ def _step(model, optimizer, scaler, batch, dtype, step, r, seed):
     return dict(loss=loss.item()) | {n.removeprefix('loss_'): v.item() for n, v in losses.items()}
 
 # %% ../nbs/11_detect.ipynb #11-68
-def _load(path, about, **parts):
-    "Continues from a checkpoint if there is one: (step, log); raises ValueError if it is of another run."
-    if not (path and path.exists()): return 0, []
-    state = torch.load(path, map_location='cpu', weights_only=True)
-    other = [f"{n} {state['about'].get(n)!r}, now {v!r}" for n, v in about.items() if state['about'].get(n) != v]
-    if other: raise ValueError(f"{path} is of a run with {'; '.join(other)}. Choose another folder, or the same parameters")
-    for name, part in parts.items(): part.load_state_dict(state[name])
-    return state['step'], state['log']
-
-# %% ../nbs/11_detect.ipynb #11-69
 def fine_tune(model, # of `make_detector`, on the device to train on
               data, r, # Objects, recipe
               seed=0, checkpoint=None, # file to save to and to continue from, None for neither
@@ -473,7 +464,7 @@ def fine_tune(model, # of `make_detector`, on the device to train on
     device, optimizer, path = next(model.parameters()).device.type, _optimizer(model, r), checkpoint and Path(checkpoint)
     dtype, about, parts = precision(amp, device), {**r, 'seed': seed, **(about or {})}, dict(model=model, optimizer=optimizer)
     parts['scaler'] = scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-    step, log = _load(path, about, **parts)
+    step, log = resume_checkpoint(path, about, **parts)
     save = lambda: path and write_checkpoint(path, dict(about=about, step=step, log=log) | {n: p.state_dict() for n, p in parts.items()})
     begun, saved, printed = time.time() - (log[-1]['seconds'] if log else 0), time.time(), time.time()
     batches = _batches(data, r, seed, range(step, r['iterations']), workers)
@@ -487,7 +478,7 @@ def fine_tune(model, # of `make_detector`, on the device to train on
     if len(batches): save()
     return log
 
-# %% ../nbs/11_detect.ipynb #11-71
+# %% ../nbs/11_detect.ipynb #11-70
 @torch.no_grad()
 def renew_statistics(model, data, r, seed=0, workers=0): # of `make_detector`, Objects, recipe
     "Mean and deviation of all batch norms anew, from `renew` training batches."
@@ -506,7 +497,7 @@ def predict(model, images): # of `make_detector`, list of uint8 (3,H,W)
     found = [{n: v.cpu() for n, v in f.items()} for f in found]
     return [f | dict(masks=f['masks'][:, 0] > .5) if 'masks' in f else f for f in found]  # masks (n,1,H,W) -> (n,H,W)
 
-# %% ../nbs/11_detect.ipynb #11-72
+# %% ../nbs/11_detect.ipynb #11-71
 class _Images:
     "The images of `Objects` with their ids, without the objects."
     def __init__(self, data): self.data = data
@@ -523,7 +514,7 @@ def detections(model, data, batch=8, workers=0): # of `make_detector`, Objects
                 found.append(one | dict(segmentation=_encode(f['masks'][k])) if 'masks' in f else one)
     return found
 
-# %% ../nbs/11_detect.ipynb #11-73
+# %% ../nbs/11_detect.ipynb #11-72
 def evaluate(model, data, batch=8, workers=0): # of `make_detector`, Objects
     "COCO AP in percent: dict of box_ap, box_ap50, box_ap75, the same for masks, and classes, a dict from name to its box (and mask) AP."
     _check_classes(model, data)
