@@ -220,12 +220,13 @@ def _twins(paths):
     return again
 
 # %% ../nbs/01_data.ipynb #01-41
-def scan(images, # ImageList; what is wrong with which file is written into its `bad`
+def scan(images, # ImageList; gets `sizes`, and `bad`, what is wrong with which file
          duplicates=False): # look for files with the same bytes, too
     "Sizes of all images (n,2) as height and width, 0 for a bad one, and the numbers of files that repeat an earlier one."
     with ThreadPoolExecutor(8) as pool: found = list(pool.map(_header, images.paths))
     images.bad = {i: f for i, f in enumerate(found) if isinstance(f, str)}
-    return np.array([(0, 0) if isinstance(f, str) else f for f in found]), _twins(images.paths) if duplicates else []
+    images.sizes = np.array([(0, 0) if isinstance(f, str) else f for f in found])  # (n,2)
+    return images.sizes, _twins(images.paths) if duplicates else []
 
 def listed(images, most=5): # ImageList after `scan`, how many to name
     "The bad files of a list, as text."

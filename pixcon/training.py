@@ -20,10 +20,11 @@ from fastcore.basics import patch
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from .augment import Photometric, TwoViews
+from .augment import Photometric, TwoViews, box_rates, two_boxes
 from .data import Cached, Scenes, listed, open_images, refuse_bad, scan
 from .encoder import feature_shape, library_weights, make_backbone, update_twin
 from .loss import info_nce
+from .matching import overlap
 from .model import PixCon, over_processes
 
 # %% ../nbs/08_training.ipynb #08-05
@@ -400,6 +401,15 @@ def _why(name, c, n):
     return ''
 
 @patch
+def pair_rates(self:Run, draws=1000):
+    "Of pairs drawn for the images' sizes, the shares that need the centred box, need the second box slid, and leave a view without a shared cell."
+    sizes, scale, rng = self.images.sizes[self.images.sizes[:, 0] > 0], (self.config.min_scale, 1.), np.random.default_rng(0)
+    box = torch.tensor(np.array([two_boxes(rng, *sizes[i], scale) for i in rng.integers(0, len(sizes), draws)]))  # (draws,2,4)
+    grid = feature_shape(self.model.online.backbone, self.config.size)[1:]
+    inside = overlap(box, torch.zeros(draws, 2, dtype=torch.bool), grid, self.config.overlap_rule)  # (draws,2,h,w)
+    return *box_rates(sizes, draws, scale=scale), (~inside.flatten(2).any(2)).any(1).float().mean().item()
+
+@patch
 def plan(self:Run):
     "The run as text: how long and how large, and each parameter that differs from the paper's recipe."
     c, cost, (held, kept), paper = self.config, self.cost(), self.memory(), asdict(Config())
@@ -408,10 +418,11 @@ def plan(self:Run):
     statistics = f'{b*self.world} images, synchronised over {self.world} GPUs' if self.device == 'cuda' and self.world > 1 else f'{b} images'
     return '\n'.join([f"{self.total - self.step} steps of {c.batch} images on {self.world} x {self.device} in {self.dtype or torch.float32}; batch statistics over {statistics}",
         f"predicted: {cost['photos_per_s']:.0f} images/s, {cost['hours']*60:.1f} min; the largest part is {cost['bottleneck']}",
+        *(["pairs of views: {:.1%} need the centred box, {:.1%} the second box slid, {:.1%} share no whole cell".format(*self.pair_rates())] if hasattr(self.images, 'sizes') else []),
         f"predicted: {held/2**30:.2f} GB for weights, optimizer and queues, {kept/2**30:.2f} GB for the forward pass",
         'differs from the paper in:' if rows else "all parameters are the paper's", *rows])
 
-# %% ../nbs/08_training.ipynb #08-44
+# %% ../nbs/08_training.ipynb #08-46
 @patch
 def look_back(self:Run):
     "Reads the flags of the steps since the last look; counts those skipped, and stops the run after ten in a row."
@@ -439,7 +450,7 @@ def name_of(self:Run, i):
     "What image i is called."
     return str(self.images.paths[i]) if hasattr(self.images, 'paths') else i
 
-# %% ../nbs/08_training.ipynb #08-45
+# %% ../nbs/08_training.ipynb #08-47
 @patch
 def log_line(self:Run, out, images_per_s):
     "What is known after a step, as a flat dict."
@@ -457,7 +468,7 @@ def read_log(out): # run folder
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [{n: math.nan if v is None else v for n, v in json.loads(line).items()} for line in lines if line.endswith('\n')]
 
-# %% ../nbs/08_training.ipynb #08-47
+# %% ../nbs/08_training.ipynb #08-49
 def _reason(e):
     "What is wrong with a file, from what its reader raised."
     asked = re.search(r'GLOBAL (\S+)', str(e))
@@ -472,7 +483,7 @@ def read_file(path, reader=load_pth): # reader: a function of the path
     try: return reader(path)
     except Exception as e: raise ValueError(f"{str(path)!r} is truncated or not a checkpoint ({_reason(e)})") from e
 
-# %% ../nbs/08_training.ipynb #08-48
+# %% ../nbs/08_training.ipynb #08-50
 _may_differ = {'accumulate', 'save_epochs', 'data', 'out', 'epochs', 'amp', 'compile', 'workers', 'cache', 'log_steps', 'save_minutes', 'warmup_epochs', 'recipe'}
 
 def _fingerprint(images):
@@ -503,7 +514,7 @@ def save(self:Run):
     if newest.exists(): os.replace(newest, self.out/'checkpoint-before.pt')
     os.replace(self.out/'checkpoint.new', newest)
 
-# %% ../nbs/08_training.ipynb #08-49
+# %% ../nbs/08_training.ipynb #08-51
 @patch
 def newest(self:Run):
     "The last checkpoint that can be read, None if there is none at all; a damaged one is set aside."
@@ -533,7 +544,7 @@ def _cut(path, step):
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     if lines: path.write_text(''.join(line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= step))
 
-# %% ../nbs/08_training.ipynb #08-52
+# %% ../nbs/08_training.ipynb #08-54
 def read_run(folder, encoder='online'): # run folder; 'online' or 'twin'
     "Tensors of one encoder's backbone, the run's parameters (dict) and the steps made."
     folder = Path(folder).expanduser()
@@ -546,7 +557,7 @@ def read_run(folder, encoder='online'): # run folder; 'online' or 'twin'
     state = {n.removeprefix(prefix): t.clone(memory_format=torch.contiguous_format) for n, t in saved['model'].items() if n.startswith(prefix)}
     return state, saved['config'], saved['step']
 
-# %% ../nbs/08_training.ipynb #08-53
+# %% ../nbs/08_training.ipynb #08-55
 def trained_backbone(run, # run folder of train.ipynb
                      make=make_backbone, # function of name and stride that gives the module
                      encoder='online'): # or 'twin'
@@ -559,7 +570,7 @@ def trained_backbone(run, # run folder of train.ipynb
     backbone.load_state_dict(state)
     return backbone, config
 
-# %% ../nbs/08_training.ipynb #08-56
+# %% ../nbs/08_training.ipynb #08-58
 @patch
 def loader(self:Run):
     "Batches from the present step to the end of the run."
@@ -577,6 +588,7 @@ def start(self:Run):
     self.out.mkdir(parents=True, exist_ok=True)
     state = self.newest()
     if state: self.load(state)
+    self.stats = [b.clone() for n, b in self.model.named_buffers() if 'running_' in n]
     if self.rank: return
     if state: print(f'continuing {self.out} at step {self.step} of {self.total}', flush=True)
     else: [(self.out/name).unlink(missing_ok=True) for name in ('log.jsonl', 'skipped.jsonl')]
@@ -599,7 +611,7 @@ def progress(self:Run, line):
     print(f"step {self.step}/{self.total}, epoch {line['epoch']:.1f}/{self.config.epochs}: loss {line['loss']:.3f} "
           f"(chance {line['loss_chance']:.3f}), {line['images_per_s']:.0f} images/s, {left/60:.1f} min left", flush=True)
 
-# %% ../nbs/08_training.ipynb #08-57
+# %% ../nbs/08_training.ipynb #08-59
 @patch
 def replaced(self:Run, parts):
     "Notes the images of a step that could not be read, and stops the run when they are more than 1 % of all."
@@ -622,7 +634,6 @@ def fit(self:Run):
     "Trains to the end of the run, logging and saving on the way; returns the log."
     self.start()
     c, begun, since, printed, saved = self.config, time.time() - self.seconds, (self.step, time.time()), 0., time.time()
-    self.stats = [b.clone() for n, b in self.model.named_buffers() if 'running_' in n]
     for parts in zip(*[iter(self.loader())]*c.accumulate) if self.step < self.total else ():
         self.replaced(parts)
         out = self.train_step(parts)
@@ -635,7 +646,7 @@ def fit(self:Run):
     self.finish()
     return read_log(self.out)
 
-# %% ../nbs/08_training.ipynb #08-65
+# %% ../nbs/08_training.ipynb #08-67
 def _end_with(pid):
     "Ends this process when another one is gone."
     def watch():
@@ -671,7 +682,7 @@ def main(words=None): # command line, None for this process's
     except (ValueError, TypeError, OSError, FloatingPointError) as e: sys.exit(f'pixcon.training: {e}')
     if dist.is_initialized(): dist.destroy_process_group()
 
-# %% ../nbs/08_training.ipynb #08-66
+# %% ../nbs/08_training.ipynb #08-68
 def launch(given, processes, # dict of parameters, how many processes on this machine
            show=print): # called with each line that they print
     "Trains in several processes, started by torchrun, that end with this one; raises RuntimeError with their last words if they fail."
@@ -688,5 +699,5 @@ def launch(given, processes, # dict of parameters, how many processes on this ma
         if child.wait(): raise RuntimeError(f"training in {processes} processes failed:\n{''.join(last)}")
     finally: child.terminate(); child.wait()
 
-# %% ../nbs/08_training.ipynb #08-77
+# %% ../nbs/08_training.ipynb #08-79
 if __name__ == '__main__' and '__file__' in globals(): main()
