@@ -427,7 +427,8 @@ def plan(self:Run):
 def look_back(self:Run):
     "Reads the flags of the steps since the last look; counts those skipped, and stops the run after ten in a row."
     flags, first = torch.stack([good for good, _ in self.watched]).tolist() if self.watched else [], self.step - len(self.watched) + 1
-    for k, (good, (_, index)) in enumerate(zip(flags, self.watched)):
+    indices = [sum(parts, []) for parts in zip(*self.everywhere([index for _, index in self.watched]))]
+    for k, (good, index) in enumerate(zip(flags, indices)):
         self.row, self.skipped = (0, self.skipped) if good else (self.row + 1, self.skipped + 1)
         if not good: self.note('skipped.jsonl', dict(step=first + k, images=[self.name_of(i) for i in index]))
     self.watched.clear()
@@ -439,6 +440,13 @@ def look_back(self:Run):
 
 def _write_line(path, line):
     with open(path, 'a') as f: f.write(json.dumps(line) + '\n')
+
+@patch
+def everywhere(self:Run, thing):
+    "What each process has of a thing, as a list."
+    found = [thing]*self.world
+    if self.world > 1: dist.all_gather_object(found, thing)
+    return found
 
 @patch
 def note(self:Run, name, line):
@@ -619,9 +627,15 @@ def replaced(self:Run, parts):
     for i in sorted(new):
         self.unread[i] = getattr(self.images, 'bad', {}).get(i, 'could not be read while training')
         _write_line(self.out/f"unread{f'-{self.rank}' if self.rank else ''}.jsonl", dict(image=self.name_of(i), why=self.unread[i], step=self.step))
-    if new and len(self.unread) > .01*len(self.images):
-        names = '\n'.join(f'{self.name_of(i)}: {why}' for i, why in sorted(self.unread.items())[:20])
-        raise ValueError(f"{len(self.unread)} of {len(self.images)} images can't be read, more than 1%:\n{names}\nMend them or take them out; the checkpoint in {self.out} is intact")
+    if new and self.world == 1: self.refuse_unread()
+
+@patch
+def refuse_unread(self:Run):
+    "Stops the run when the images not read, by all processes together, are more than 1 % of all."
+    unread = {i: why for one in self.everywhere(self.unread) for i, why in one.items()}
+    if len(unread) > .01*len(self.images):
+        names = '\n'.join(f'{self.name_of(i)}: {why}' for i, why in sorted(unread.items())[:20])
+        raise ValueError(f"{len(unread)} of {len(self.images)} images can't be read, more than 1%:\n{names}\nMend them or take them out; the checkpoint in {self.out} is intact")
 
 @patch
 def due(self:Run, saved): # when it was saved last
@@ -638,6 +652,7 @@ def fit(self:Run):
         self.replaced(parts)
         out = self.train_step(parts)
         if self.step % c.log_steps and self.step % self.steps_per_epoch: continue
+        if self.world > 1: self.refuse_unread()
         self.seconds, now = time.time() - begun, time.time()
         line = self.log_line(out, (self.step - since[0])*c.batch/(now - since[1]))
         since = self.step, now

@@ -206,3 +206,14 @@ def test_a_process_that_dies_stops_the_others(tmp_path):
     "The error of the one that failed is in the message."
     with pytest.raises(RuntimeError, match='(?s)training in 2 processes failed.*pixcon.training: batch must be at most the number of images, 20, got 40'):
         launch({**TINY, 'batch': 40, 'out': str(tmp_path/'run')}, 2, lambda line: None)
+
+
+def test_bad_images_of_all_processes_count(tmp_path):
+    "Two of 150 images are cut off, found by whichever process: together they are more than 1 %, and the list names both."
+    from pixcon.data import Scenes
+    from torchvision.io import encode_jpeg
+    (tmp_path/'data').mkdir()
+    for i in range(150): (tmp_path/'data'/f'{i:03d}.jpg').write_bytes(encode_jpeg(Scenes(150, 48)[i]).numpy().tobytes())
+    for i in (7, 90): path = tmp_path/'data'/f'{i:03d}.jpg'; path.write_bytes(path.read_bytes()[:900])
+    with pytest.raises(RuntimeError, match=r"(?s)2 of 150 images can't be read, more than 1%:.*007.jpg: could not be read while training.*090.jpg"):
+        launch({**TINY, 'data': str(tmp_path/'data'), 'recipe': 'small', 'batch': 10, 'epochs': 2, 'cache': 'off', 'workers': 0, 'out': str(tmp_path/'run')}, 2, lambda line: None)
