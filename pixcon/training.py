@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from fastcore.basics import patch
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 from .augment import Photometric, TwoViews, box_rates, two_boxes
 from .data import Cached, Scenes, listed, open_images, refuse_bad, scan
@@ -350,7 +350,7 @@ def machine_rates(self:Run, photos=4): # photos: how many to time each part with
 
 def _read_rate(images, size, in_memory):
     "Photos whose two views one thread makes in a second."
-    sample = [images[i] for i in range(0, len(images), max(len(images)//8, 1))] if in_memory else images
+    sample = Cached(Subset(images, range(0, len(images), max(len(images)//8, 1)))) if in_memory else images
     views, threads = TwoViews(sample, size), torch.get_num_threads()
     torch.set_num_threads(1)
     spots = range(0, len(sample), max(len(sample)//8, 1))
@@ -369,17 +369,17 @@ def step_cost(config, parameters, work, rates, gpus=1, cores=0): # parameters: o
     return dict(**parts, step=step, photos_per_s=config.batch/step, bottleneck='read' if cores and read == step else max(parts, key=parts.get))
 
 @patch
-def cost(self:Run):
+def cost(self:Run, gpus=1):
     "The row of `step_cost` for this run on this machine, with the hours that are left."
     workers = _workers(self.config.workers, _fits(self.images, self.config.cache))
     parameters = sum(p.numel() for p in self.model.online.parameters())
-    row = step_cost(self.config, parameters, photo_work(self.model, self.config.size), self.machine_rates(), cores=workers)
+    row = step_cost(self.config, parameters, photo_work(self.model, self.config.size), self.machine_rates(), gpus, workers)
     return dict(**row, hours=(self.total - self.step)*row['step']/3600)
 
 # %% ../nbs/08_training.ipynb #08-41
 @patch
-def memory(self:Run):
-    "Estimated bytes: what is held throughout, and what the forward passes of one process's part of the batch keep."
+def memory(self:Run, world=1): # processes
+    "Estimated bytes: what each process holds throughout, and what the forward passes of its part of the batch keep."
     c, size = self.config, lambda tensors: sum(t.numel()*t.element_size() for t in tensors)
     learned = size(p for p in self.model.parameters() if p.requires_grad)
     held = size(self.model.state_dict().values()) + learned*(3 if c.optimizer == 'adamw' else 2)
@@ -390,8 +390,9 @@ def memory(self:Run):
         return t
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.autocast(self.device, self.dtype) if self.dtype else nullcontext():
         out = encoder(torch.zeros(2, 3, c.size, c.size, device=self.device))
-    return held, c.batch//(c.accumulate*self.world)*sum(kept.values())  # two photos of one view take what one photo of two views does
+    return held, c.batch//(c.accumulate*world)*sum(kept.values())  # two photos of one view take what one photo of two views does
 
+# %% ../nbs/08_training.ipynb #08-42
 def _why(name, c, n):
     "Why a parameter is not the paper's, where the code chose it."
     if name == 'lr' and c.optimizer == 'sgd' and math.isclose(c.lr, .4*c.batch/512): return 'scaled with the batch'
@@ -409,20 +410,22 @@ def pair_rates(self:Run, draws=1000):
     inside = overlap(box, torch.zeros(draws, 2, dtype=torch.bool), grid, self.config.overlap_rule)  # (draws,2,h,w)
     return *box_rates(sizes, draws, scale=scale), (~inside.flatten(2).any(2)).any(1).float().mean().item()
 
+# %% ../nbs/08_training.ipynb #08-43
 @patch
-def plan(self:Run):
+def plan(self:Run, processes=1): # that will share each batch
     "The run as text: how long and how large, and each parameter that differs from the paper's recipe."
-    c, cost, (held, kept), paper = self.config, self.cost(), self.memory(), asdict(Config())
-    b, machine = c.batch//(c.accumulate*self.world), {'data', 'out', 'recipe', 'seed', 'scenes', 'scene_size', 'workers', 'cache', 'log_steps', 'save_minutes', 'save_epochs', 'compile', 'amp'}
+    world, gpu = max(self.world, processes), self.device == 'cuda'
+    c, cost, (held, kept), paper = self.config, self.cost(world if gpu else 1), self.memory(world), asdict(Config())
+    b, machine = c.batch//(c.accumulate*world), {'data', 'out', 'recipe', 'seed', 'scenes', 'scene_size', 'workers', 'cache', 'log_steps', 'save_minutes', 'save_epochs', 'compile', 'amp'}
     rows = [f"  {n} = {v!r}, paper {paper[n]!r}" + (f' ({why})' if (why := _why(n, c, len(self.images))) else '') for n, v in asdict(c).items() if n not in machine and v != paper[n]]
-    statistics = f'{b*self.world} images, synchronised over {self.world} GPUs' if self.device == 'cuda' and self.world > 1 else f'{b} images'
-    return '\n'.join([f"{self.total - self.step} steps of {c.batch} images on {self.world} x {self.device} in {self.dtype or torch.float32}; batch statistics over {statistics}",
+    statistics = f'{b*world} images, synchronised over {world} GPUs' if gpu and world > 1 else f'{b} images'
+    return '\n'.join([f"{self.total - self.step} steps of {c.batch} images on {world} x {self.device} in {self.dtype or torch.float32}; batch statistics over {statistics}",
         f"predicted: {cost['photos_per_s']:.0f} images/s, {cost['hours']*60:.1f} min; the largest part is {cost['bottleneck']}",
         *(["pairs of views: {:.1%} need the centred box, {:.1%} the second box slid, {:.1%} share no whole cell".format(*self.pair_rates())] if hasattr(self.images, 'sizes') else []),
-        f"predicted: {held/2**30:.2f} GB for weights, optimizer and queues, {kept/2**30:.2f} GB for the forward pass",
+        f"predicted: {held/2**30:.2f} GB for weights, optimizer and queues, {kept/2**30:.2f} GB for the forward pass{' in each process' if world > 1 else ''}",
         'differs from the paper in:' if rows else "all parameters are the paper's", *rows])
 
-# %% ../nbs/08_training.ipynb #08-46
+# %% ../nbs/08_training.ipynb #08-48
 @patch
 def look_back(self:Run):
     "Reads the flags of the steps since the last look; counts those skipped, and stops the run after ten in a row."
@@ -458,7 +461,7 @@ def name_of(self:Run, i):
     "What image i is called."
     return str(self.images.paths[i]) if hasattr(self.images, 'paths') else i
 
-# %% ../nbs/08_training.ipynb #08-47
+# %% ../nbs/08_training.ipynb #08-49
 @patch
 def log_line(self:Run, out, images_per_s):
     "What is known after a step, as a flat dict."
@@ -476,7 +479,7 @@ def read_log(out): # run folder
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [{n: math.nan if v is None else v for n, v in json.loads(line).items()} for line in lines if line.endswith('\n')]
 
-# %% ../nbs/08_training.ipynb #08-49
+# %% ../nbs/08_training.ipynb #08-51
 def _reason(e):
     "What is wrong with a file, from what its reader raised."
     asked = re.search(r'GLOBAL (\S+)', str(e))
@@ -491,7 +494,7 @@ def read_file(path, reader=load_pth): # reader: a function of the path
     try: return reader(path)
     except Exception as e: raise ValueError(f"{str(path)!r} is truncated or not a checkpoint ({_reason(e)})") from e
 
-# %% ../nbs/08_training.ipynb #08-50
+# %% ../nbs/08_training.ipynb #08-52
 _may_differ = {'accumulate', 'save_epochs', 'data', 'out', 'epochs', 'amp', 'compile', 'workers', 'cache', 'log_steps', 'save_minutes', 'warmup_epochs', 'recipe'}
 
 def _fingerprint(images):
@@ -522,7 +525,7 @@ def save(self:Run):
     if newest.exists(): os.replace(newest, self.out/'checkpoint-before.pt')
     os.replace(self.out/'checkpoint.new', newest)
 
-# %% ../nbs/08_training.ipynb #08-51
+# %% ../nbs/08_training.ipynb #08-53
 @patch
 def newest(self:Run):
     "The last checkpoint that can be read, None if there is none at all; a damaged one is set aside."
@@ -546,13 +549,20 @@ def load(self:Run, state): # of `newest`
     if state['scaler']: self.scaler.load_state_dict(state['scaler'])
     self.step, self.seconds, self.skipped = state['step'], state['seconds'], state.get('skipped', 0)
     for name in ('log.jsonl', 'skipped.jsonl') if self.rank == 0 else (): _cut(self.out/name, self.step)
+    _cut(self.unread_file(), self.step)
+    self.unread = {line['number']: line['why'] for line in map(json.loads, self.unread_file().read_text().splitlines())} if self.unread_file().exists() else {}
+
+@patch
+def unread_file(self:Run):
+    "Where this process lists the images that it could not read."
+    return self.out/f"unread{f'-{self.rank}' if self.rank else ''}.jsonl"
 
 def _cut(path, step):
     "Takes the lines after a step out of a file, and a last line that was cut off."
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     if lines: path.write_text(''.join(line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= step))
 
-# %% ../nbs/08_training.ipynb #08-54
+# %% ../nbs/08_training.ipynb #08-56
 def read_run(folder, encoder='online'): # run folder; 'online' or 'twin'
     "Tensors of one encoder's backbone, the run's parameters (dict) and the steps made."
     folder = Path(folder).expanduser()
@@ -565,7 +575,7 @@ def read_run(folder, encoder='online'): # run folder; 'online' or 'twin'
     state = {n.removeprefix(prefix): t.clone(memory_format=torch.contiguous_format) for n, t in saved['model'].items() if n.startswith(prefix)}
     return state, saved['config'], saved['step']
 
-# %% ../nbs/08_training.ipynb #08-55
+# %% ../nbs/08_training.ipynb #08-57
 def trained_backbone(run, # run folder of train.ipynb
                      make=make_backbone, # function of name and stride that gives the module
                      encoder='online'): # or 'twin'
@@ -578,7 +588,7 @@ def trained_backbone(run, # run folder of train.ipynb
     backbone.load_state_dict(state)
     return backbone, config
 
-# %% ../nbs/08_training.ipynb #08-58
+# %% ../nbs/08_training.ipynb #08-60
 @patch
 def loader(self:Run):
     "Batches from the present step to the end of the run."
@@ -599,7 +609,7 @@ def start(self:Run):
     self.stats = [b.clone() for n, b in self.model.named_buffers() if 'running_' in n]
     if self.rank: return
     if state: print(f'continuing {self.out} at step {self.step} of {self.total}', flush=True)
-    else: [(self.out/name).unlink(missing_ok=True) for name in ('log.jsonl', 'skipped.jsonl')]
+    else: [p.unlink() for p in self.out.glob('*.jsonl')]
     (self.out/'config.json').write_text(json.dumps(asdict(self.config), indent=1))
     if self.world > 1: dist.barrier()
 
@@ -619,14 +629,14 @@ def progress(self:Run, line):
     print(f"step {self.step}/{self.total}, epoch {line['epoch']:.1f}/{self.config.epochs}: loss {line['loss']:.3f} "
           f"(chance {line['loss_chance']:.3f}), {line['images_per_s']:.0f} images/s, {left/60:.1f} min left", flush=True)
 
-# %% ../nbs/08_training.ipynb #08-59
+# %% ../nbs/08_training.ipynb #08-61
 @patch
 def replaced(self:Run, parts):
     "Notes the images of a step that could not be read, and stops the run when they are more than 1 % of all."
     new = {asked for part in parts for asked, used in zip(part['asked'].tolist(), part['index'].tolist()) if asked != used} - self.unread.keys()
     for i in sorted(new):
         self.unread[i] = getattr(self.images, 'bad', {}).get(i, 'could not be read while training')
-        _write_line(self.out/f"unread{f'-{self.rank}' if self.rank else ''}.jsonl", dict(image=self.name_of(i), why=self.unread[i], step=self.step))
+        _write_line(self.unread_file(), dict(image=self.name_of(i), number=i, why=self.unread[i], step=self.step))
     if new and self.world == 1: self.refuse_unread()
 
 @patch
@@ -637,6 +647,7 @@ def refuse_unread(self:Run):
         names = '\n'.join(f'{self.name_of(i)}: {why}' for i, why in sorted(unread.items())[:20])
         raise ValueError(f"{len(unread)} of {len(self.images)} images can't be read, more than 1%:\n{names}\nMend them or take them out; the checkpoint in {self.out} is intact")
 
+# %% ../nbs/08_training.ipynb #08-62
 @patch
 def due(self:Run, saved): # when it was saved last
     "Whether a checkpoint is to be written: after some minutes, at the end of some epochs, never in the middle of a bad stretch."
@@ -661,7 +672,7 @@ def fit(self:Run):
     self.finish()
     return read_log(self.out)
 
-# %% ../nbs/08_training.ipynb #08-67
+# %% ../nbs/08_training.ipynb #08-70
 def _end_with(pid):
     "Ends this process when another one is gone."
     def watch():
@@ -697,7 +708,7 @@ def main(words=None): # command line, None for this process's
     except (ValueError, TypeError, OSError, FloatingPointError) as e: sys.exit(f'pixcon.training: {e}')
     if dist.is_initialized(): dist.destroy_process_group()
 
-# %% ../nbs/08_training.ipynb #08-68
+# %% ../nbs/08_training.ipynb #08-71
 def launch(given, processes, # dict of parameters, how many processes on this machine
            show=print): # called with each line that they print
     "Trains in several processes, started by torchrun, that end with this one; raises RuntimeError with their last words if they fail."
@@ -714,5 +725,5 @@ def launch(given, processes, # dict of parameters, how many processes on this ma
         if child.wait(): raise RuntimeError(f"training in {processes} processes failed:\n{''.join(last)}")
     finally: child.terminate(); child.wait()
 
-# %% ../nbs/08_training.ipynb #08-79
+# %% ../nbs/08_training.ipynb #08-82
 if __name__ == '__main__' and '__file__' in globals(): main()

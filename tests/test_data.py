@@ -90,10 +90,17 @@ def test_too_many_bad_files_stop_before_training(tmp_path):
 
 
 def test_few_bad_files_are_replaced_and_listed(tmp_path):
-    "One in a hundred: the run ends, the file is listed once, and a second run has the same weights."
+    "One in a hundred, the first: the plan is made, the run ends, also after a stop, the file is listed once, and a second run has the same weights."
     runs = [Run(*configure(**TINY, data=folder(tmp_path/n, 104, cut=1), cache=cache, out=tmp_path/f'run {n}')) for n, cache in (('a', 'ram'), ('b', 'off'))]
+    assert 'images/s' in runs[0].plan(processes=2)
+    runs[0].start()
+    for batch in runs[0].loader():
+        runs[0].replaced([batch]); runs[0].log_line(runs[0].train_step(batch), 0.)
+        if runs[0].step == 2: runs[0].save()
+        if runs[0].step == runs[0].steps_per_epoch: break
+    runs[0] = Run(*configure(**TINY, data=tmp_path/'a', cache='ram', out=tmp_path/'run a'))
     for run in runs: run.fit()
-    for run in runs: assert (run.out/'unread.jsonl').read_text().count('cut0.jpg') == 1
+    for run in runs: assert (run.out/'unread.jsonl').read_text().count('cut0.jpg') == 1 and list(run.unread) == [0]
     for (n, a), b in zip(runs[0].model.state_dict().items(), runs[1].model.state_dict().values()): assert torch.equal(a, b), n
 
 
