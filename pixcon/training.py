@@ -332,9 +332,11 @@ def _seconds(f, device, repeats=2):
 
 # %% ../nbs/08_training.ipynb #08-33
 @patch
-def machine_rates(self:Run, photos=4): # photos: how many to time each part with
+def machine_rates(self:Run, photos=0): # photos: how many to time each part with, 0 for a batch as far as it is quick
     "What this machine does in a second: FLOP of networks and of the loss, pixels of photometrics, parameters updated, photos read by one core."
     c, device, model = self.config, self.device, copy.deepcopy(self.model)
+    work = photo_work(model, c.size)['network']
+    photos = photos or max(4, min(c.batch, int(3e11/work)))
     draw, view = torch.rand(photos, 2, 13), torch.zeros(photos, 2, 3, c.size, c.size, dtype=torch.uint8, device=device)
     q, keys = (torch.nn.functional.normalize(torch.randn(n, c.dim, device=device), dim=1) for n in (256, len(model.dense_queue.keys)))
     def network():
@@ -343,7 +345,7 @@ def machine_rates(self:Run, photos=4): # photos: how many to time each part with
             (dense.float().mean() + image.float().mean()).backward()
             with torch.no_grad(), torch.autocast(device, self.dtype) if self.dtype else nullcontext(): model.twin(v)
     colours = _seconds(lambda: self.photometric(view, draw), device)
-    return dict(network=photos*photo_work(model, c.size)['network']/max(_seconds(network, device) - colours, 1e-9), photometrics=view.numel()/colours,
+    return dict(network=photos*work/max(_seconds(network, device) - colours, 1e-9), photometrics=view.numel()/colours,
                 loss=4*q.numel()*len(keys)/_seconds(lambda: info_nce(q, q, keys, c.tau), device),
                 update=sum(p.numel() for p in model.online.parameters())/(3*_seconds(lambda: update_twin(model.online, model.twin, 1.), device)),
                 read=_read_rate(self.images, c.size, _fits(self.images, c.cache)))
@@ -422,7 +424,7 @@ def plan(self:Run, processes=1): # that will share each batch
     return '\n'.join([f"{self.total - self.step} steps of {c.batch} images on {world} x {self.device} in {self.dtype or torch.float32}; batch statistics over {statistics}",
         f"predicted: {cost['photos_per_s']:.0f} images/s, {cost['hours']*60:.1f} min; the largest part is {cost['bottleneck']}",
         *(["pairs of views: {:.1%} need the centred box, {:.1%} the second box slid, {:.1%} share no whole cell".format(*self.pair_rates())] if hasattr(self.images, 'sizes') else []),
-        f"predicted: {held/2**30:.2f} GB for weights, optimizer and queues, {kept/2**30:.2f} GB for the forward pass{' in each process' if world > 1 else ''}",
+        f"predicted: {held/1e6:,.0f} MB for weights, optimizer and queues, {kept/1e6:,.0f} MB for the forward pass{' in each process' if world > 1 else ''}",
         'differs from the paper in:' if rows else "all parameters are the paper's", *rows])
 
 # %% ../nbs/08_training.ipynb #08-48
