@@ -208,7 +208,7 @@ def _header(path):
     except Image.UnidentifiedImageError: return 'no image'
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e: return f'{type(e).__name__}: {e}'
 
-def _twins(paths):
+def _duplicates(paths):
     "Numbers of files whose bytes are those of an earlier one."
     sizes, seen, again = [p.stat().st_size if p.exists() else -i for i, p in enumerate(paths)], set(), []
     shared = {s for s, n in zip(*np.unique(sizes, return_counts=True)) if n > 1 and s > 0}
@@ -226,7 +226,7 @@ def scan(images, # ImageList; gets `sizes`, and `bad`, what is wrong with which 
     with ThreadPoolExecutor(8) as pool: found = list(pool.map(_header, images.paths))
     images.bad = {i: f for i, f in enumerate(found) if isinstance(f, str)}
     images.sizes = np.array([(0, 0) if isinstance(f, str) else f for f in found])  # (n,2)
-    return images.sizes, _twins(images.paths) if duplicates else []
+    return images.sizes, _duplicates(images.paths) if duplicates else []
 
 def listed(images, most=5): # ImageList after `scan`, how many to name
     "The bad files of a list, as text."

@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.ops import FrozenBatchNorm2d, box_iou, masks_to_boxes
 from pixcon.data import Scenes, scene_classes
 from pixcon.detect import (Draws, Objects, Pyramid, _optimizer, average_precision, configure_detect, detect_rate, evaluate, fine_tune, learn_and_score, make_detector,
-                           open_objects, predict, read_voc, renew_statistics, settle, stage_maps, voc_classes, which_objects, write_coco)
+                           open_objects, predict, read_voc, precise_bn, resolve_recipe, stage_maps, voc_classes, which_objects, write_coco)
 from pixcon.encoder import make_backbone
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +29,7 @@ def scenes(tmp_path_factory):
 
 def tiny(**given):
     "A recipe of the smallest kind."
-    return settle(**dict(width=8, hidden=16, mask_layers=1, proposals=20, rois=8, short=64, shortest=64, batch=2, iterations=2) | given)[1]
+    return resolve_recipe(**dict(width=8, hidden=16, mask_layers=1, proposals=20, rois=8, short=64, shortest=64, batch=2, iterations=2) | given)[1]
 
 
 def detector(r, classes=8, seed=0):
@@ -263,10 +263,10 @@ def test_voc(tmp_path, below):
     assert train[1][1]['boxes'].tolist() == [[1, 1, 3, 3]] and train[1][1]['labels'].tolist() == [20]
     found = [dict(image_id=1, category_id=12, bbox=[0, 0, 40, 30], score=.9), dict(image_id=1, category_id=8, bbox=[10, 5, 10, 10], score=.9)]
     assert average_precision(test.coco, found)['classes']['dog'] == pytest.approx(100) and average_precision(test.coco, found)['classes']['cat'] is None
-    name, r = settle('voc')
+    name, r = resolve_recipe('voc')
     assert (name, r['masks']) == ('VOC', False)
     assert 'loss_mask' not in detector(tiny(masks=False), 20).train()([train[0][0].float()/255], [train[0][1]])
-    with pytest.raises(ValueError, match='VOC is read without masks'): settle('voc', masks=True)
+    with pytest.raises(ValueError, match='VOC is read without masks'): resolve_recipe('voc', masks=True)
     voc_image(root/'VOC2012', 'c', [('unicorn', 2, 2, 3, 3, 0)])
     with pytest.raises(ValueError, match="names 'unicorn', which is none of VOC's classes"): open_objects(tmp_path)
 
@@ -342,18 +342,18 @@ def test_batch_norm(scenes, norm):
 def test_statistics_anew(scenes):
     "The mean over the batches of the inputs' mean, the same whenever it is done; nothing else changes."
     data, _ = open_objects(scenes)
-    r = tiny(renew=3, short=96)
+    r = tiny(precise_bn=3, short=96)
     model = detector(r)
     before = copy.deepcopy(model.state_dict())
     seen = []
     hook = model.backbone.backbone.get_submodule('conv1.1').register_forward_pre_hook(lambda m, x: seen.append(x[0].mean((0, 2, 3))))
-    renew_statistics(model, data, r)
+    precise_bn(model, data, r)
     hook.remove()
     after = copy.deepcopy(model.state_dict())
     assert len(seen) == 3
     torch.testing.assert_close(after['backbone.backbone.conv1.1.running_mean'], torch.stack(seen).mean(0))
     assert {n for n in before if not torch.equal(before[n], after[n])} <= {n for n in before if 'running' in n or 'num_batches' in n}
-    renew_statistics(model, data, r)
+    precise_bn(model, data, r)
     assert all(torch.equal(t, after[n]) for n, t in model.state_dict().items())
 
 
@@ -419,16 +419,16 @@ def test_loss_that_is_no_number_stops(scenes):
 
 def test_learning_rate():
     "Field's 1x: linear warm-up over 1,000 steps, a tenth after 60,000 and 80,000; in proportion to the batch unless given."
-    _, r = settle('coco')
+    _, r = resolve_recipe('coco')
     assert [detect_rate(k, r) for k in (0, 500, 1000, 59_999, 60_000, 80_000)] == pytest.approx([2e-5, .02*.5005, .02, .02, .002, .0002])
-    assert [settle('coco', batch=4, **g)[1]['lr'] for g in ({}, dict(lr=.02))] == pytest.approx([.005, .02])
-    assert settle('scenes', optimizer='sgd')[1]['lr'] == pytest.approx(.01) and settle('coco', optimizer='adamw')[1]['weight_decay'] == 1e-2
+    assert [resolve_recipe('coco', batch=4, **g)[1]['lr'] for g in ({}, dict(lr=.02))] == pytest.approx([.005, .02])
+    assert resolve_recipe('scenes', optimizer='sgd')[1]['lr'] == pytest.approx(.01) and resolve_recipe('coco', optimizer='adamw')[1]['weight_decay'] == 1e-2
 
 
 @pytest.mark.parametrize('wrong,message', [
     (dict(iteration=3), "unknown parameter 'iteration', did you mean 'iterations'"),
     (dict(checkpont='x'), "unknown parameter 'checkpont', did you mean 'checkpoint'"),
-    (dict(drops=(.5,)), "unknown parameter 'drops'"),
+    (dict(milestones=(.5,)), "unknown parameter 'milestones'"),
     (dict(batch=0), 'batch must be at least 1, got 0'),
     (dict(lr='fast'), "lr must be a number, got 'fast'"),
     (dict(masks='perhaps'), "masks must be on or off, got 'perhaps'"),
@@ -467,7 +467,7 @@ def test_notebook_offers_every_parameter():
     "The parameters cell has the options, the switch to compare and every value of a recipe but the steps of the schedule."
     from pixcon.detect import _field, _options
     code = next(''.join(c['source']) for c in json.loads((ROOT/'nbs'/'finetune_detect.ipynb').read_text())['cells'] if 'parameters' in c['metadata'].get('tags', []))
-    assert {line.split(':')[0] for line in code.splitlines()} == {*_field, *_options, 'compare'} - {'drops'}
+    assert {line.split(':')[0] for line in code.splitlines()} == {*_field, *_options, 'compare'} - {'milestones'}
 
 
 def test_misspelt_parameter_stops_the_notebook(tmp_path):

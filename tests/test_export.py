@@ -44,7 +44,7 @@ def make_run(tmp_path_factory):
             made[key] = tmp_path_factory.mktemp('run')
             run = Run(*configure(data=data, scenes=4, batch=2, epochs=1, size=size, hidden=8, dim=4, queue=4, backbone=backbone, stride=stride, out=made[key]))
             unsettle(run.model.online.backbone)
-            unsettle(run.model.twin.backbone)
+            unsettle(run.model.target.backbone)
             run.start()
             run.save()
         return made[key]
@@ -240,21 +240,21 @@ def test_refuses_a_run_that_diverged(make_run, tmp_path):
     torch.save(saved, tmp_path/'checkpoint.pt')
     with pytest.raises(ValueError, match='not finite'): export_backbone(tmp_path, tmp_path/'out')
     assert not (tmp_path/'out').exists()
-    assert export_backbone(tmp_path, tmp_path/'out', encoder='twin').exists()
+    assert export_backbone(tmp_path, tmp_path/'out', encoder='target').exists()
 
 
 @pytest.mark.parametrize('layout', ALL)
-def test_online_and_twin(make_run, tmp_path, image, layout):
+def test_online_and_target(make_run, tmp_path, image, layout):
     "Two files side by side, each with its own weights and its own word in the metadata."
     if layout == 'timm': pytest.importorskip('timm')
     run, found = make_run('resnet18'), {}
-    for encoder in ('online', 'twin'):
+    for encoder in ('online', 'target'):
         path = export_backbone(run, tmp_path, layout, encoder)
         assert read_weights(path)[1]['encoder'] == encoder
         found[encoder] = features(load_backbone(path, encoder=encoder), image)
         assert torch.equal(found[encoder], features(load_backbone(run, encoder=encoder), image))
-        with pytest.raises(ValueError, match=f"holds the encoder '{encoder}'"): load_backbone(path, encoder={'online': 'twin', 'twin': 'online'}[encoder])
-    assert not torch.allclose(found['online'], found['twin'])
+        with pytest.raises(ValueError, match=f"holds the encoder '{encoder}'"): load_backbone(path, encoder={'online': 'target', 'target': 'online'}[encoder])
+    assert not torch.allclose(found['online'], found['target'])
 
 
 @pytest.mark.parametrize('layout', ALL)
@@ -339,7 +339,7 @@ def test_layouts_that_there_are_not(make_run, tmp_path):
     for layout in ('timm', 'detectron2', 'mm'):
         with pytest.raises(ValueError, match=f'{layout} has no shufflenet_v2_x1_0; possible layouts for it: torchvision, safetensors'): export_backbone(run, tmp_path/'out', layout)
     with pytest.raises(ValueError, match="layout must be one of torchvision, timm, .* got 'caffe'"): export_backbone(run, tmp_path/'out', 'caffe')
-    with pytest.raises(ValueError, match="'online' or 'twin', got 'ema'"): export_backbone(run, tmp_path/'out', encoder='ema')
+    with pytest.raises(ValueError, match="'online' or 'target', got 'ema'"): export_backbone(run, tmp_path/'out', encoder='ema')
     assert not (tmp_path/'out').exists()
 
 
@@ -386,9 +386,9 @@ def test_command_line(make_run, tmp_path):
     "`python -m pixcon.export` writes and tells; an error is one line, not a traceback."
     start = lambda *a: subprocess.run([sys.executable, '-m', 'pixcon.export', make_run('resnet18', 8, 32), *a], cwd=tmp_path, capture_output=True, text=True, timeout=120,
                                       env={**os.environ, 'PYTHONPATH': str(ROOT)})
-    done = start('out', '--layout', 'detectron2', '--encoder', 'twin')
+    done = start('out', '--layout', 'detectron2', '--encoder', 'target')
     assert done.returncode == 0 and 'left_at_random: layer3, layer4, fc' in done.stdout, done.stderr
-    assert [p.name for p in (tmp_path/'out').iterdir()] == ['resnet18-twin-detectron2.pkl']
+    assert [p.name for p in (tmp_path/'out').iterdir()] == ['resnet18-target-detectron2.pkl']
     wrong = start('elsewhere', '--layout', 'caffe')
     assert wrong.returncode == 1 and wrong.stderr.startswith('not exported: layout must be one of') and 'Traceback' not in wrong.stderr
     assert not (tmp_path/'elsewhere').exists()

@@ -383,7 +383,7 @@ def equal(a, b):
     return set(a) == set(b) and all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
 
 
-def dice(sample):
+def draws(sample):
     "All numbers drawn for a sample."
     return *np.ravel(sample['box']), *np.ravel(sample['flip']), *np.ravel(sample['draw'])
 
@@ -407,10 +407,10 @@ def test_views_depend_on_seed_epoch_index_only(seed, epoch, i, noise):
 
 
 def test_views_differ_across_seed_epoch_and_index():
-    "No two of 2 x 20 x 4 samples of the same picture share their dice."
+    "No two of 2 x 20 x 4 samples of the same picture share their draws."
     images = Ramps(*[(30, 40)]*4)
     samples = [TwoViews(images, size=8, seed=s)[e, i] for s in (0, 1) for e in range(20) for i in range(4)]
-    assert len({dice(s) for s in samples}) == len(samples)
+    assert len({draws(s) for s in samples}) == len(samples)
     draw = torch.stack([torch.as_tensor(s['draw']) for s in samples])
     assert draw.ndim == 3 and draw.shape[1] == 2 and draw.is_floating_point()
     assert draw.min() >= 0 and draw.max() <= 1 and len(draw.unique()) > .99*draw.numel()

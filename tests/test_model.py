@@ -31,29 +31,29 @@ def make(**kwargs):
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_gradient_reaches_the_online_side_only(variant, batch):
-    "Every online parameter takes part, no parameter of the twin does."
+    "Every online parameter takes part, no parameter of the target does."
     model = make(**VARIANTS[variant])
     model(*batch)[0].backward()
-    assert all(p.grad is None for p in model.twin.parameters())
+    assert all(p.grad is None for p in model.target.parameters())
     dense = ('online.dense_head', 'dense_predictor')
     for n, p in model.named_parameters():
-        if not n.startswith('twin') and not (variant == 'moco' and n.startswith(dense)) and p.ndim > 1: assert p.grad.abs().max() > 0, n
+        if not n.startswith('target') and not (variant == 'moco' and n.startswith(dense)) and p.ndim > 1: assert p.grad.abs().max() > 0, n
 
 
-@pytest.mark.parametrize('part', ['backbone', 'image_head', 'dense_head'])
-def test_keys_depend_on_the_twin_only(part, batch):
-    "Disturb the online encoder: same keys. Disturb the twin: other keys."
+@pytest.mark.parametrize('part', ['backbone', 'global_head', 'dense_head'])
+def test_keys_depend_on_the_target_only(part, batch):
+    "Disturb the online encoder: same keys. Disturb the target: other keys."
     model = make()
     before = model(*batch)[1]
     def disturb(module):
         for p in module.parameters(): p.data.add_(.3*torch.randn_like(p))
-    disturb(getattr(model.online, part)); disturb(model.image_predictor); disturb(model.dense_predictor)
+    disturb(getattr(model.online, part)); disturb(model.global_predictor); disturb(model.dense_predictor)
     after = model(*batch)[1]
     for k in ('image_keys', 'dense_keys'): assert torch.equal(before[k], after[k])
-    disturb(getattr(model.twin, part))
+    disturb(getattr(model.target, part))
     after = model(*batch)[1]
     changed = {k: not torch.equal(before[k], after[k]) for k in ('image_keys', 'dense_keys')}
-    assert changed == dict(image_keys=part != 'dense_head', dense_keys=part != 'image_head')
+    assert changed == dict(image_keys=part != 'dense_head', dense_keys=part != 'global_head')
 
 
 def test_matching_carries_no_gradient(batch):
@@ -64,13 +64,13 @@ def test_matching_carries_no_gradient(batch):
 
 
 def test_queues_receive_what_the_method_says(batch):
-    "Image queue: the twin's image embeddings. Dense queue: the normalised spatial mean of its dense output. One view, both queues."
+    "Image queue: the target's image embeddings. Dense queue: the normalised spatial mean of its dense output. One view, both queues."
     model = make()
     view = batch[0]
     loss, out = model(*batch)
-    with torch.no_grad(): f = [model.twin.backbone(view[:, v]) for v in (0, 1)]
+    with torch.no_grad(): f = [model.target.backbone(view[:, v]) for v in (0, 1)]
     for v in (0, 1):
-        image, dense = F.normalize(model.twin.image_head(f[v]), dim=1), F.normalize(model.twin.dense_head(f[v]).mean((2, 3)), dim=1)
+        image, dense = F.normalize(model.target.global_head(f[v]), dim=1), F.normalize(model.target.dense_head(f[v]).mean((2, 3)), dim=1)
         torch.testing.assert_close(out['image_keys'][:, v], image)
         torch.testing.assert_close(out['dense_keys'][:, v], dense)
     model.enqueue(out, 1)
@@ -97,15 +97,15 @@ def test_coord_leaves_unmatched_cells_out(batch):
     assert out['weights'].sum() == 0 and loss == 0
 
 
-def test_twin_follows_by_moving_average(batch):
-    "twin <- m twin + (1-m) online for parameters; buffers are its own."
+def test_target_follows_by_moving_average(batch):
+    "target <- m target + (1-m) online for parameters; buffers are its own."
     torch.manual_seed(0)
     model = PixCon(nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.BatchNorm2d(8)), hidden=16, dim=8, queue=32, size=32)
     for p in model.online.parameters(): p.data.add_(1.)
-    before = copy.deepcopy(model.twin.state_dict())
-    model.update_twin(.9)
-    for (n, p), online in zip(model.twin.named_parameters(), model.online.parameters()): torch.testing.assert_close(p, .9*before[n] + .1*online)
-    for n, b in model.twin.named_buffers(): assert torch.equal(b, before[n])
+    before = copy.deepcopy(model.target.state_dict())
+    model.update_target(.9)
+    for (n, p), online in zip(model.target.named_parameters(), model.online.parameters()): torch.testing.assert_close(p, .9*before[n] + .1*online)
+    for n, b in model.target.named_buffers(): assert torch.equal(b, before[n])
 
 
 @pytest.mark.parametrize('variant', VARIANTS)

@@ -137,7 +137,7 @@ def test_full_disk(tmp_path):
 
 
 def test_accumulate(tmp_path):
-    "Two parts: optimizer, twin, queues and schedule move once a step; without batch statistics the loss's gradient is that of the whole batch."
+    "Two parts: optimizer, target, queues and schedule move once a step; without batch statistics the loss's gradient is that of the whole batch."
     grads = []
     for parts in (1, 2):
         run = Run(*configure(**{**TINY, 'batch': 8}, reweight=False, queue_start='random', accumulate=parts, out=tmp_path/str(parts)))

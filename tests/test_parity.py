@@ -120,14 +120,15 @@ def check_image_loss(case, r):
         near(torch.autograd.grad(loss, q)[0], r['grad_q'], f'{nce.__name__} grad_q', **GRADIENT)
 
 
-LAYERS = dict(image_head=dict(fc1=2, bn=3, fc2=5), dense_head=dict(conv1=0, bn=1, conv2=3),
-              image_predictor=dict(fc1=0, bn=1, fc2=3), dense_predictor=dict(fc1=0, bn=1, fc2=3))
+LAYERS = dict(global_head=dict(fc1=2, bn=3, fc2=5), dense_head=dict(conv1=0, bn=1, conv2=3),
+              global_predictor=dict(fc1=0, bn=1, fc2=3), dense_predictor=dict(fc1=0, bn=1, fc2=3))
 
 
 def key(side, role):
     "Our state-dict key of a recorded role."
     part, layer, leaf = role.split('.')
-    owner = '' if part.endswith('predictor') else dict(online='online.', target='twin.')[side]
+    part = part.replace('image_', 'global_')
+    owner = '' if part.endswith('predictor') else dict(online='online.', target='target.')[side]
     return f"{owner}{part}.{LAYERS[part][layer] if part in LAYERS else layer}.{leaf}"
 
 
@@ -205,7 +206,7 @@ def check_trace(case, r):
         if step == 0:
             for role, recorded in r.below('step0.grad.'): near(trained[key('online', role)].grad, recorded, role, **TRACE)
         optimizer.step()
-        model.update_twin(m)
+        model.update_target(m)
     check_final(model, r)
 
 

@@ -10,11 +10,11 @@ PHOTO = tvf.resize(sample_photos()['coffee'], [SIZE, SIZE], antialias=True)     
 SOFT = (PHOTO.float()*.4 + 60).byte()                                          # no operator leaves the range from here
 
 
-def through(dice, photo=SOFT, view=0, **kwargs):
-    "A view after the module with all dice off but the given ones, and the view before, both in [0,1]."
+def through(draws, photo=SOFT, view=0, **kwargs):
+    "A view after the module with all draws off but the given ones, and the view before, both in [0,1]."
     draw = torch.full((1, 2, 13), OFF)
     draw[..., 1:5], draw[..., 9:] = .5, torch.arange(4.)/10                    # strengths at no change, jitters in order
-    for place, value in dice.items(): draw[0, view, place] = value
+    for place, value in draws.items(): draw[0, view, place] = value
     made = Photometric(**{**dict(blur=(0., 0.), solarize=(0., 0.)), **kwargs})(photo.expand(1, 2, -1, -1, -1), draw)
     return denormalise(made)[0, view], photo.float()/255
 

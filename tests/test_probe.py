@@ -15,7 +15,7 @@ from pixcon.probe import LabelledImages, cell_classes, cell_features, feature_he
 moderate = settings(max_examples=60, deadline=None, derandomize=True)
 
 
-def confusion(guess, truth, classes): return multiclass_confusion_matrix(guess, truth, classes, ignore_index=255)
+def confusion(prediction, truth, classes): return multiclass_confusion_matrix(prediction, truth, classes, ignore_index=255)
 
 
 def save(path, array, mode=None):
@@ -39,9 +39,9 @@ def noise(height, width, seed=0, channels=3):
 @given(st.lists(st.tuples(st.sampled_from((0, 1, 2, 3, 255)), st.integers(0, 3)), min_size=1, max_size=40))
 def test_scores_are_counted(pixels):
     "Each class's IoU, the mean over classes that occur, and accuracy, pixel by pixel; five classes, of which one never occurs."
-    truth, guess = (torch.tensor(v) for v in zip(*pixels))
+    truth, prediction = (torch.tensor(v) for v in zip(*pixels))
     labelled = [(t, g) for t, g in pixels if t != 255]
-    ours = scores(confusion(guess, truth, 5))
+    ours = scores(confusion(prediction, truth, 5))
     expected = []
     for c in range(5):
         both, either = sum(t == g == c for t, g in labelled), sum(c in (t, g) for t, g in labelled)
@@ -50,7 +50,7 @@ def test_scores_are_counted(pixels):
     if labelled:
         assert ours['miou'] == pytest.approx(np.nanmean(expected))
         assert ours['accuracy'] == pytest.approx(100*sum(t == g for t, g in labelled)/len(labelled))
-        assert ours['miou'] == pytest.approx(100*multiclass_jaccard_index(guess, truth, 5, ignore_index=255).item(), abs=1e-3)
+        assert ours['miou'] == pytest.approx(100*multiclass_jaccard_index(prediction, truth, 5, ignore_index=255).item(), abs=1e-3)
 
 
 # Readers
@@ -185,7 +185,7 @@ def test_probe_streams_what_tensors_hold(tmp_path):
     for i in range(6): save(tmp_path/'train'/'images'/f'{i}.png', images[i].permute(1, 2, 0)); save(tmp_path/'train'/'labels'/f'{i}.png', labels[i], 'P')
     files = open_labelled(str(tmp_path))
     a, b = linear_probe(net, (images, labels), (images, labels), 2), linear_probe(net, files, files, 2)
-    assert torch.equal(a.pop('guess'), b.pop('guess')) and a == b and a['accuracy'] > 60
+    assert torch.equal(a.pop('prediction'), b.pop('prediction')) and a == b and a['accuracy'] > 60
     assert linear_probe(net, files, files, 2, ram=0)['miou'] == pytest.approx(a['miou'], abs=1)
 
 
@@ -196,7 +196,7 @@ def test_probe_refuses(tmp_path):
     with pytest.raises(ValueError, match='labels go up to 2, but there are 2 classes'): linear_probe(tiny(), (images, labels), (images, labels + 2), 2)
     mixed = [(images[0], labels[0]), (images[0, :, :4], labels[0, :4])]
     with pytest.raises(ValueError, match='give one size'): linear_probe(tiny(), mixed, mixed, 2)
-    assert linear_probe(tiny(), mixed, mixed, 2, epochs=1, size=(8, 12))['guess'].shape == (2, 8, 12)
+    assert linear_probe(tiny(), mixed, mixed, 2, epochs=1, size=(8, 12))['prediction'].shape == (2, 8, 12)
 
 
 # Retrieval and health

@@ -89,7 +89,7 @@ def test_ten_bad_steps_in_a_row_stop(tmp_path):
     run.start()
     run.save()
     run.photometric = lambda view, draw: torch.full(view.shape, torch.nan)
-    weights = {n: p.clone() for n, p in run.model.named_parameters() if not n.startswith('twin')}
+    weights = {n: p.clone() for n, p in run.model.named_parameters() if not n.startswith('target')}
     with pytest.raises(FloatingPointError, match='10 steps in a row, up to step 10, were not finite'): run.fit()
     for n, p in run.model.named_parameters():
         if n in weights: assert torch.equal(p, weights[n]), n

@@ -14,18 +14,18 @@ from pixcon.augment import imagenet_mean
 from pixcon.encoder import feature_shape, make_backbone
 from pixcon.probe import LabelledScenes, open_labelled
 from pixcon.segment import (SEGMENT_RECIPES, Augmented, Segmenter, _options, configure_segment, evaluate, fine_tune, load_backbone, paint, poly, predict, segmentation_backbone,
-                            segmentation_loss, settle)
+                            segmentation_loss, resolve_recipe)
 
 ROOT = Path(__file__).parent.parent
 moderate = settings(max_examples=40, deadline=None, derandomize=True)
 tiny = dict(batch=2, iterations=4, labelled=4, test=3, crop_height=32, crop_width=40, short=32)
 
 
-def recipe(**given): return settle('scenes', **given)[1]
+def recipe(**given): return resolve_recipe('scenes', **given)[1]
 
 
 def network(classes=12, seed=0):
-    "A small network that reads 4x4 pixels a cell."
+    "A small network that reads 4x4 pixels per cell."
     torch.manual_seed(seed)
     return Segmenter(nn.Sequential(nn.Conv2d(3, 32, 4, 4, bias=False), nn.BatchNorm2d(32), nn.ReLU()), classes)
 
@@ -123,7 +123,7 @@ def test_evaluation_by_hand():
     r = recipe(short=8, test=0)
     result = evaluate(Constant(), data, r, 3, keep=1)
     assert result['iou'][:2] == [0, 50] and np.isnan(result['iou'][2]) and result['miou'] == 25 and result['accuracy'] == 50
-    assert len(result['guess']) == 1 and (result['guess'][0] == 1).all() and result['guess'][0].shape == (3, 3)
+    assert len(result['prediction']) == 1 and (result['prediction'][0] == 1).all() and result['prediction'][0].shape == (3, 3)
     assert evaluate(Constant(), data, r | dict(test=1), 3)['miou'] == 25
     with pytest.raises(ValueError, match='labels go up to 1, but there are 1 classes'): evaluate(Constant(), data, r, 1)
     with pytest.raises(ValueError, match='all are 255'): evaluate(Constant(), [(data[0][0], first*0 + 255)], r, 3)
@@ -136,9 +136,9 @@ def test_prediction_has_the_images_size(h, w, short, window):
     torch.manual_seed(0)
     pixels, image = nn.Conv2d(3, 5, 1), torch.randint(0, 256, (3, h, w), dtype=torch.uint8)
     r = recipe(short=short, crop_height=16, crop_width=24, window=window)
-    guess = predict(pixels, image, r)
-    assert guess.shape == (h, w) and guess.dtype == torch.uint8
-    assert (guess == predict(pixels, image, r | dict(window=not window))).float().mean() > .99
+    prediction = predict(pixels, image, r)
+    assert prediction.shape == (h, w) and prediction.dtype == torch.uint8
+    assert (prediction == predict(pixels, image, r | dict(window=not window))).float().mean() > .99
 
 
 # Network and weights
@@ -181,16 +181,16 @@ def test_timm_dilates():
 def run_folder(path, config, state):
     "A run folder as train.ipynb leaves it: a checkpoint with both encoders."
     path.mkdir()
-    both = {f'online.backbone.{n}': t for n, t in state.items()} | {f'twin.backbone.{n}': t*0 for n, t in state.items()} | {'online.dense_head.0.weight': torch.zeros(1)}
+    both = {f'online.backbone.{n}': t for n, t in state.items()} | {f'target.backbone.{n}': t*0 for n, t in state.items()} | {'online.dense_head.0.weight': torch.zeros(1)}
     torch.save(dict(config=config, step=3, model=both), path/'checkpoint.pt')
     return path
 
 
 def test_weights_arrive(tmp_path):
-    "Online or twin; a key too few, too many or of another shape is named."
+    "Online or target; a key too few, too many or of another shape is named."
     net, config = make_backbone('shufflenet_v2_x0_5', 8), dict(backbone='shufflenet_v2_x0_5', stride=8)
     state, first = net.state_dict(), 'conv1.0.weight'
-    for encoder, factor in (('online', 1), ('twin', 0)):
+    for encoder, factor in (('online', 1), ('target', 0)):
         loaded, about = load_backbone(run_folder(tmp_path/encoder, config, state), encoder=encoder)
         assert about == config and all(torch.equal(t, state[n]*factor) for n, t in loaded.state_dict().items())
     for k, wrong in enumerate(({n: t for n, t in state.items() if n != first}, state | {first: torch.zeros(2)})):
@@ -277,9 +277,9 @@ def test_paint():
 
 @pytest.mark.parametrize('name', SEGMENT_RECIPES)
 def test_recipes_are_complete(name):
-    "The same keys and types everywhere, and what `settle` itself accepts."
+    "The same keys and types everywhere, and what `resolve_recipe` itself accepts."
     assert {k: type(v) for k, v in SEGMENT_RECIPES[name].items()} == {k: type(v) for k, v in SEGMENT_RECIPES['voc12aug'].items()}
-    assert settle('voc', name, **SEGMENT_RECIPES[name])[1] == SEGMENT_RECIPES[name]
+    assert resolve_recipe('voc', name, **SEGMENT_RECIPES[name])[1] == SEGMENT_RECIPES[name]
 
 
 def test_notebook_offers_every_parameter():
