@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torchvision.models.feature_extraction import create_feature_extractor
 from . import __version__
 from .augment import imagenet_mean, imagenet_std
-from .data import Scenes
+from .scenes import Scenes
 from .encoder import feature_shape, make_backbone
 from .plot import show_curves
 from .training import _reason, load_pth, read_file, read_log, read_run, variant

@@ -26,7 +26,8 @@ from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.transforms import v2
 from .augment import imagenet_mean, imagenet_std
 from .encoder import feature_shape, make_backbone
-from .probe import open_labelled, scores, which_labelled
+from .labelled import open_labelled, which_labelled
+from .probe import scores
 from .training import _typed, precision, read_file, trained_backbone, write_checkpoint
 
 # %% ../nbs/17_segment.ipynb #17-05

@@ -21,11 +21,12 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 from .augment import Photometric, TwoViews, box_rates, two_boxes
-from .data import Cached, Scenes, listed, open_images, refuse_bad, scan
+from .data import Cached, listed, refuse_bad, scan
 from .encoder import feature_shape, library_weights, make_backbone, update_target
 from .loss import info_nce
 from .matching import overlap
 from .model import PixCon, over_processes
+from .scenes import Scenes, open_images
 
 # %% ../nbs/12_training.ipynb #12-05
 def ema_momentum(step, # optimizer steps made so far

@@ -11,9 +11,10 @@ import torch
 import torch.nn as nn
 from PIL import Image
 from torchvision.ops import FrozenBatchNorm2d, box_iou, masks_to_boxes
-from pixcon.data import Scenes, scene_classes
-from pixcon.detect import (Draws, Objects, Pyramid, _optimizer, average_precision, configure_detect, detect_rate, evaluate, fine_tune, learn_and_score, make_detector,
-                           open_objects, predict, read_voc, precise_bn, resolve_recipe, stage_maps, voc_classes, which_objects, write_coco)
+from pixcon.scenes import Scenes, scene_classes
+from pixcon.detect import (Draws, Pyramid, _optimizer, average_precision, configure_detect, detect_rate, evaluate, fine_tune,
+                           learn_and_score, make_detector, predict, precise_bn, resolve_recipe, stage_maps)
+from pixcon.objects import Objects, open_objects, read_voc, voc_classes, which_objects, write_coco
 from pixcon.encoder import make_backbone
 
 ROOT = Path(__file__).parent.parent
@@ -83,7 +84,7 @@ def test_ap_is_counted(seed):
     truth = [(int(rng.integers(3)), int(rng.choice((3, 7))), box()) for _ in range(12)]
     moved = lambda b: [b[0] + float(rng.integers(-4, 5)), b[1] + float(rng.integers(-4, 5)), *b[2:]]
     found = [(i, c, moved(b), rng.random()) for i, c, b in truth if rng.random() < .8] + [(int(rng.integers(3)), int(rng.choice((3, 7))), box(), rng.random()) for _ in range(6)]
-    from pixcon.detect import _index
+    from pixcon.objects import _index
     coco = _index(coco_content([(100, 100)]*3, [thing(i, b, c) for i, c, b in truth]))
     ours = average_precision(coco, [dict(image_id=i, category_id=c, bbox=b, score=s) for i, c, b, s in found])
     levels = [round(.5 + .05*k, 2) for k in range(10)]
@@ -97,13 +98,13 @@ def test_ap_is_counted(seed):
 @pytest.mark.parametrize('kind', ['bbox', 'segm'])
 def test_crowds_and_difficult_objects_count_neither_way(kind):
     "A detection on them is no mistake, missing them is none; without the mark both would cost."
-    from pixcon.detect import _index
+    from pixcon.objects import _index
     def score(marks, on_it):
         coco = _index(coco_content([(100, 100)], [thing(0, (0, 0, 40, 40)), thing(0, (50, 50, 40, 40), **marks)], (3,)))
         boxes = [(0, 0, 40, 40, .5)] + [(50, 50, 40, 40, .9)]*on_it
         square = [np.zeros((100, 100)) for _ in boxes]
         for m, (x, y, w, h, _) in zip(square, boxes): m[y:y+h, x:x+w] = 1
-        from pixcon.detect import _encode
+        from pixcon.objects import _encode
         return average_precision(coco, [dict(image_id=0, category_id=3, bbox=[x, y, w, h], score=s, segmentation=_encode(m)) for m, (x, y, w, h, s) in zip(square, boxes)], kind)['ap']
     for mark in ('iscrowd', 'difficult'): assert [score({mark: 1}, n) for n in (0, 1)] == pytest.approx([100, 100])
     assert score({}, 1) == pytest.approx(100) and score({}, 0) == pytest.approx(100*51/101)
@@ -111,7 +112,7 @@ def test_crowds_and_difficult_objects_count_neither_way(kind):
 
 def test_ap_of_nothing():
     "Nothing found is 0, nothing to find is refused, a class without objects is left out of the mean."
-    from pixcon.detect import _index
+    from pixcon.objects import _index
     coco = _index(coco_content([(50, 50)], [thing(0, (0, 0, 20, 20))]))
     assert average_precision(coco, [])['ap'] == 0
     assert average_precision(coco, [dict(image_id=0, category_id=3, bbox=[0, 0, 20, 20], score=1.)])['classes'] == {'class 3': pytest.approx(100), 'class 7': None}

@@ -212,7 +212,7 @@ def test_a_process_that_dies_stops_the_others(tmp_path):
 
 def test_bad_images_of_all_processes_count(tmp_path):
     "Two of 150 images are cut off, found by whichever process: together they are more than 1 %, and the list names both."
-    from pixcon.data import Scenes
+    from pixcon.scenes import Scenes
     from torchvision.io import encode_jpeg
     (tmp_path/'data').mkdir()
     for i in range(150): (tmp_path/'data'/f'{i:03d}.jpg').write_bytes(encode_jpeg(Scenes(150, 48)[i]).numpy().tobytes())

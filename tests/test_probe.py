@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_jaccard_index
-from pixcon.probe import LabelledImages, cell_classes, cell_features, feature_health, knn_score, linear_probe, nearest_cells, open_labelled, resized, scores
+from pixcon.labelled import LabelledImages, open_labelled
+from pixcon.probe import cell_classes, cell_features, feature_health, knn_score, linear_probe, nearest_cells, resized, scores
 
 moderate = settings(max_examples=60, deadline=None, derandomize=True)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pixcon.augment import imagenet_mean
 from pixcon.encoder import feature_shape, make_backbone
-from pixcon.probe import LabelledScenes, open_labelled
+from pixcon.labelled import LabelledScenes, open_labelled
 from pixcon.segment import (SEGMENT_RECIPES, Augmented, Segmenter, _options, configure_segment, evaluate, fine_tune, load_backbone, paint, poly, predict, segmentation_backbone,
                             segmentation_loss, resolve_recipe)
 
