@@ -40,8 +40,9 @@ from .encoder import feature_shape, make_backbone
 from .labelled import open_labelled, which_labelled
 from .model import over_processes
 from .probe import scores
-from .run import (Run, autocast, fingerprint, loader_workers, make_optimizer,
-                        precision, read_file, read_run, step_if_finite, trained_backbone)
+from .run import (Run, autocast, fingerprint, keep_memory, loader_workers,
+                        make_optimizer, precision, read_file, read_run, step_if_finite,
+                        trained_backbone)
 
 # %% ../nbs/17_segment.ipynb #17-05
 _tab20 = [plt.get_cmap('tab20')(c)[:3] for c in range(20)]
@@ -102,7 +103,7 @@ SEGMENT_RECIPES = dict(
     ade20k=dict(iterations=80_000),
     small=dict(backbone='shufflenet_v2_x1_0', stride=8, rate=2, iterations=150, short=96,
                scale_low=.75, scale_high=1.5, crop_height=96, crop_width=96, optimizer='adamw',
-               lr=4e-3, weight_decay=1e-2, min_lr=0., labelled=20, test=100, compare=True))
+               lr=4e-3, weight_decay=1e-2, min_lr=0., labelled=20, test=100, compare=True, amp='off'))
 _rates = dict(sgd=dict(lr=.01, weight_decay=5e-4, min_lr=1e-4),
               adamw=dict(lr=4e-3, weight_decay=1e-2, min_lr=0.))
 _recipe_of = dict(scenes='small', cityscapes='cityscapes', ade20k='ade20k',
@@ -134,8 +135,9 @@ def _take_backbone(config, given):
 
 def _run_name(config):
     "What a run folder is called if no name is given."
-    data = Path(config.data.split(':')[-1]).name
-    weights = Path(config.checkpoint).resolve().name if config.checkpoint else 'random'
+    last = lambda path: Path(path).expanduser().resolve().name
+    data = last(config.data.split(':')[-1])
+    weights = last(config.checkpoint) if config.checkpoint else 'random'
     return f'segment-{data}-{weights}-seed{config.seed}'
 
 def _few(data, n, seed):
@@ -163,8 +165,9 @@ def configure_segment(**given): # parameters by name, None for those not given
     check_out(config.out)
     train = _open(config, config.train_split, config.labelled or 200)
     config.classes = train.classes
+    train = _few(train, config.labelled, config.seed)
     val = _open(config, config.val_split, config.test or 100)
-    return config, _few(train, config.labelled, config.seed), val
+    return config, train, val
 
 # %% ../nbs/17_segment.ipynb #17-19
 def make_augmentation(config): # SegmentConfig
@@ -366,7 +369,7 @@ def batches(data, # labelled images
     begin = [k*config.batch + rank()*n for k in range(start, config.iterations)]
     parts = [range(p, p + n) for p in begin]
     loader = DataLoader(items, batch_sampler=parts, num_workers=_workers(config),
-                        pin_memory=device() == 'cuda')
+                        pin_memory=torch.cuda.is_available())
     for part, (image, label) in zip(parts, loader):
         yield image, label, [image_name(data, items.index(p)) for p in part]
 
@@ -393,20 +396,25 @@ def share_statistics(model):
     "Gives all processes the first one's batch statistics."
     for b in model.buffers(): b.copy_(gather_tensor(b)[0])
 
+def _device_of(model): return next(model.parameters()).device
+
+# %% ../nbs/17_segment.ipynb #17-56
 def fine_tune(model, # Segmenter, on the device to train on
               data, config): # labelled images, SegmentConfig
     "Trains the whole model in the run folder, from where it left off; returns the log."
-    groups, dtype = parameter_groups(model, config), precision(config.amp, device())
+    where = _device_of(model).type
+    if where == 'cpu': keep_memory()
+    groups = parameter_groups(model, config)
     optimizer = make_optimizer(config.optimizer, groups, config.lr, config.weight_decay)
-    scaler = torch.amp.GradScaler(device(), enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(where, enabled=precision(config.amp, where) == torch.float16)
     parts = dict(model=model, optimizer=optimizer, scaler=scaler)
     run = Run(config, parts, config.iterations, run_identity(data, config), _may_differ,
               rank=rank(), gather=gather_objects)
     run.begin()
     if run.step == run.total: return run.log()
-    net = shared(share_dropout(model).train(), device())
+    net = shared(share_dropout(model).train(), where)
     for image, label, names in batches(data, config, run.step):
-        image, label = (t.to(device(), non_blocking=True) for t in (image, label))
+        image, label = (t.to(where, non_blocking=True) for t in (image, label))
         loss, good = train_step(net, optimizer, scaler, image, label, run.step, config)
         run.advance(good, names)
         if run.reports():
@@ -416,7 +424,7 @@ def fine_tune(model, # Segmenter, on the device to train on
     run.finish()
     return run.log()
 
-# %% ../nbs/17_segment.ipynb #17-60
+# %% ../nbs/17_segment.ipynb #17-61
 def _window_starts(length, window):
     "Where windows begin that cover a length, at most two thirds of a window apart."
     if length <= window: return [0]
@@ -436,19 +444,19 @@ def _windowed_scores(model, x, height, width): # (1,3,H,W), size of a window
             count[here] += 1
     return total/count                                             # (1,classes,H,W)
 
-# %% ../nbs/17_segment.ipynb #17-61
+# %% ../nbs/17_segment.ipynb #17-62
 @torch.no_grad()
 def predict(model, image, # Segmenter in eval mode, uint8 (3,H,W)
             config): # SegmentConfig
     "Class of each pixel, (H,W) uint8 on the CPU."
     x = v2.functional.resize(image, [config.short], antialias=True)[None]  # (1,3,h,w)
-    x = normalised(x.to(next(model.parameters()).device))
+    x = normalised(x.to(_device_of(model)))
     crop = config.crop_height, config.crop_width
     scores = _windowed_scores(model, x, *crop) if config.window else model(x)  # (1,classes,h,w)
     scores = F.interpolate(scores, size=image.shape[1:], mode='bilinear')
     return scores.argmax(1)[0].to(torch.uint8).cpu()
 
-# %% ../nbs/17_segment.ipynb #17-64
+# %% ../nbs/17_segment.ipynb #17-65
 def evaluate(model, # Segmenter, the same in all processes
              data, config, classes, # labelled images, SegmentConfig, how many classes
              keep=0): # how many predictions to return
@@ -468,13 +476,13 @@ def evaluate(model, # Segmenter, the same in all processes
         confusion += multiclass_confusion_matrix(*pair, classes, ignore_index=255)
         if i < keep: kept[i] = prediction
     model.train(training)
-    confusion = sum_over_processes(confusion.to(device())).cpu()
+    confusion = sum_over_processes(confusion.to(_device_of(model))).cpu()
     if not confusion.sum():
         raise ValueError(f'no pixel of the {n} images has a label: all are 255 (ignored)')
     kept = {i: p for part in gather_objects(kept) for i, p in part.items()}
     return scores(confusion) | dict(prediction=[kept[i] for i in sorted(kept)])
 
-# %% ../nbs/17_segment.ipynb #17-68
+# %% ../nbs/17_segment.ipynb #17-69
 def segment_runs(config): # SegmentConfig
     "The runs that the parameters ask for, by the name of the weights they begin with."
     if not config.checkpoint: return dict(random=config)
@@ -494,7 +502,7 @@ def write_result(name, config, # of the weights, SegmentConfig
                 recipe=config.recipe, settings=asdict(config))
     (Path(config.out)/'result.json').write_text(json.dumps(line, indent=1))
 
-# %% ../nbs/17_segment.ipynb #17-69
+# %% ../nbs/17_segment.ipynb #17-70
 def run_and_score(name, config, train, val): # of the weights, SegmentConfig, labelled images
     "One run to its end and its score, left in result.json."
     if rank() == 0:
@@ -513,13 +521,13 @@ def segment(**given): # parameters by name
     config, train, val = configure_segment(**given)
     for name, one in segment_runs(config).items(): run_and_score(name, one, train, val)
 
-# %% ../nbs/17_segment.ipynb #17-70
+# %% ../nbs/17_segment.ipynb #17-71
 def trained_segmenter(config, classes): # SegmentConfig of a run that ended, how many classes
     "The network of a run folder, on the CPU in eval mode."
     model = make_segmenter(config, classes)
     model.load_state_dict(read_file(Path(config.out)/'checkpoint.pt')['model'])
     return model.eval()
 
-# %% ../nbs/17_segment.ipynb #17-74
+# %% ../nbs/17_segment.ipynb #17-75
 if __name__ == '__main__' and '__file__' in globals():
     main('pixcon.segment', SegmentConfig, segment)
