@@ -10,7 +10,7 @@ import torch
 
 # %% ../nbs/06_reweight.ipynb #06-09
 def semantic_weights(sim, # (N,S) cosine of each query cell's best match
-                     inside=None, # (N,S) bool, True where the other view sees the cell; None: see below
+                     inside=None, # (N,S) bool, True where the other view sees the cell (None: see below)
                      power=2.): # gamma, above 1 lowers the middle
     """Weight of each query cell, (N,S): 1 inside, rescaled similarity outside, finite always.
     Without `inside` the similarity itself, negative ones as 0, to the power."""
