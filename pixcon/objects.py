@@ -7,7 +7,7 @@ __all__ = ['voc_classes', 'encode_mask', 'write_coco', 'coco_index', 'Objects', 
            'open_objects']
 
 # %% ../nbs/18_objects.ipynb #18-02
-import copy, io, json, re
+import copy, io, json
 from contextlib import redirect_stdout
 from pathlib import Path
 from xml.etree import ElementTree
