@@ -7,37 +7,22 @@ __all__ = ['voc_classes', 'encode_mask', 'write_coco', 'coco_index', 'Objects', 
            'open_objects']
 
 # %% ../nbs/18_objects.ipynb #18-02
-import copy, difflib, io, json, math, os, re, time
-from collections import OrderedDict
-from contextlib import nullcontext, redirect_stdout
+import copy, io, json
+from contextlib import redirect_stdout
 from pathlib import Path
 from xml.etree import ElementTree
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torch.nn as nn
 from fastcore.basics import patch
 from matplotlib.patches import Rectangle
+from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import update_bn
-from torch.utils.data import DataLoader
 from torchvision import tv_tensors
-from torchvision.io import write_png
-from torchvision.models.detection import FasterRCNN, MaskRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScaleRoIAlign
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
-from torchvision.transforms import v2
 from torchvision.utils import draw_segmentation_masks
 from .data import read_image
-from .scenes import Scenes, scene_classes
 from .plot import colours, show_image
-
+from .scenes import scene_classes
 
 # %% ../nbs/18_objects.ipynb #18-07
 def encode_mask(mask): # (H,W)
@@ -45,108 +30,172 @@ def encode_mask(mask): # (H,W)
     code = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
     return code | dict(counts=code['counts'].decode())
 
+# %% ../nbs/18_objects.ipynb #18-07c
 def _annotations(semantic, instance, image_id, least): # (H,W) each
-    "What COCO notes of each object of a scene."
+    "COCO's entry for each object of a scene."
     found = []
     for k in instance.unique().tolist():
+        if k == 0:                                                 # the ground
+            continue
         on = instance == k                                         # (H,W)
         y, x = on.nonzero().T                                      # (area,) each
         left, top, area = x.min().item(), y.min().item(), on.sum().item()
-        if k: found.append(dict(image_id=image_id, category_id=semantic[on][0].item(), area=area, iscrowd=int(area < least), segmentation=encode_mask(on),
-                                bbox=[left, top, x.max().item() + 1 - left, y.max().item() + 1 - top]))
+        found.append(dict(
+            image_id=image_id,
+            category_id=semantic[on][0].item(),
+            bbox=[left, top, x.max().item() + 1 - left, y.max().item() + 1 - top],
+            area=area,
+            segmentation=encode_mask(on),
+            iscrowd=int(area < least)))
     return found
 
 # %% ../nbs/18_objects.ipynb #18-08
 def write_coco(scenes, # Scenes
-               folder, name='train', # a folder, and the name of this part of it
+               folder, # where to write
+               name='train', # of this part of the data set
                least=16): # an object that shows fewer pixels is marked as crowd
-    "Writes scenes as COCO does: images to folder/name, annotations to folder/annotations/instances_name.json; returns the folder."
-    folder, images, found = Path(folder), [], []
-    for sub in (name, 'annotations'): (folder/sub).mkdir(parents=True, exist_ok=True)
+    "Writes images to folder/name, annotations to folder/annotations/instances_name.json; returns the folder."
+    folder = Path(folder)
+    for sub in (name, 'annotations'):
+        (folder/sub).mkdir(parents=True, exist_ok=True)
+    images, found = [], []
     for i in range(len(scenes)):
-        image, semantic, instance = scenes.with_masks(i)
-        write_png(image, str(folder/name/f'{i:06d}.png'))
-        images.append(dict(id=i, file_name=f'{i:06d}.png', height=image.shape[1], width=image.shape[2]))
+        image, semantic, instance = scenes.with_masks(i)           # (3,H,W), (H,W), (H,W)
+        file = f'{i:06d}.png'
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder/name/file)
+        images.append(dict(id=i, file_name=file, height=image.shape[1], width=image.shape[2]))
         found += _annotations(semantic, instance, i, least)
-    categories = [dict(id=c, name=n) for c, n in enumerate(scene_classes) if c >= 4]  # the first four are grounds
-    content = dict(images=images, categories=categories, annotations=[a | dict(id=i+1) for i, a in enumerate(found)])
+    things = list(enumerate(scene_classes))[4:]                    # the first four are grounds
+    content = dict(
+        images=images,
+        categories=[dict(id=c, name=n) for c, n in things],
+        annotations=[a | dict(id=i+1) for i, a in enumerate(found)])
     (folder/'annotations'/f'instances_{name}.json').write_text(json.dumps(content))
     return folder
 
 # %% ../nbs/18_objects.ipynb #18-11
-_needed = dict(images=('id', 'file_name', 'height', 'width'), categories=('id', 'name'), annotations=('image_id', 'category_id', 'bbox'))
+_needed = dict(
+    images=('id', 'file_name', 'height', 'width'),
+    categories=('id', 'name'),
+    annotations=('image_id', 'category_id', 'bbox'))
+
+def _check_part(part, items):
+    "Refuses entries of images, categories or annotations that lack something."
+    for item in items:
+        absent = [n for n in _needed[part] if n not in item]
+        if absent:
+            raise ValueError(f"one of the {part} has no {absent[0]!r}: {str(item)[:100]}")
 
 def _check_content(content):
     "Refuses a dict that is not of COCO's form."
-    for part, names in _needed.items():
-        if not isinstance(content, dict) or part not in content: raise ValueError(f"annotations without {part!r}; COCO's have images, categories and annotations")
-        for item in content[part]:
-            absent = [n for n in names if n not in item]
-            if absent: raise ValueError(f"one of the {part} has no {absent[0]!r}: {str(item)[:100]}")
-    ids = {part: {item['id'] for item in content[part]} for part in ('images', 'categories')}
-    for a in content['annotations']:
-        for name, part in (('image_id', 'images'), ('category_id', 'categories')):
-            if a[name] not in ids[part]: raise ValueError(f"an annotation has {name} {a[name]}, which is not among the {part}")
+    for part in _needed:
+        if not isinstance(content, dict) or part not in content:
+            raise ValueError(
+                f"annotations without {part!r}; "
+                "COCO's have images, categories and annotations")
+        _check_part(part, content[part])
+    for name, part in (('image_id', 'images'), ('category_id', 'categories')):
+        ids = {item['id'] for item in content[part]}
+        for a in content['annotations']:
+            if a[name] not in ids:
+                raise ValueError(f"an annotation has {name} {a[name]}, which is not among the {part}")
 
 # %% ../nbs/18_objects.ipynb #18-12
 def coco_index(source): # file or dict
-    "pycocotools' index of annotations; they are numbered anew from 1, because COCO's evaluation takes number 0 for none."
+    "pycocotools' index of annotations in COCO's form, numbered from 1."
     if not isinstance(source, dict):
-        try: source = json.loads(Path(source).read_text())
-        except ValueError as e: raise ValueError(f"{str(source)!r} is no JSON file: {e}") from e
+        try:
+            source = json.loads(Path(source).read_text())
+        except ValueError as e:
+            raise ValueError(f"{str(source)!r} is no JSON file: {e}") from e
     _check_content(source)
+    numbered = []
+    for i, a in enumerate(source['annotations']):
+        absent = dict(iscrowd=0, area=a['bbox'][2]*a['bbox'][3])   # where the file doesn't say
+        numbered.append(absent | a | dict(id=i+1))
     coco = COCO()
-    coco.dataset = source | dict(annotations=[dict(iscrowd=0, area=a['bbox'][2]*a['bbox'][3]) | a | dict(id=i+1) for i, a in enumerate(source['annotations'])])
-    with redirect_stdout(io.StringIO()): coco.createIndex()
+    coco.dataset = source | dict(annotations=numbered)
+    with redirect_stdout(io.StringIO()):
+        coco.createIndex()
     return coco
 
+# %% ../nbs/18_objects.ipynb #18-13
 def _corners(a, info):
     "Left, top, right, bottom of an annotation's box, inside the image."
     x, y, w, h = a['bbox']
     return [max(x, 0), max(y, 0), min(x + w, info['width']), min(y + h, info['height'])]
 
-# %% ../nbs/18_objects.ipynb #18-13
 class Objects:
-    "Images and the objects in them; item i is an image (3,H,W) uint8 and a dict of boxes (n,4), labels (n,) from 1 and masks (n,H,W)."
-    def __init__(self, images, # folder that the file names count from
+    "Images and the objects in them; item i is an image (3,H,W) and a dict of boxes, labels and masks."
+    def __init__(self,
+                 images, # folder that the file names count from
                  annotations, # COCO's JSON file, or its content as a dict
                  masks=True, # read masks, too
                  empty=True): # keep images without objects
-        self.images, self.masks, self.coco = Path(images).expanduser(), masks, coco_index(annotations)
+        self.images = Path(images).expanduser()
+        self.masks = masks
+        self.coco = coco_index(annotations)
         self.labels = {c: k + 1 for k, c in enumerate(sorted(self.coco.cats))}
         self.classes = tuple(self.coco.cats[c]['name'] for c in self.labels)
         self.ids = [i for i in sorted(self.coco.imgs) if empty or self.objects(i)]
-        bare = [a for i in self.ids for a in self.objects(i) if masks and not a.get('segmentation')]
-        if bare: raise ValueError(f"{len(bare)} objects have no mask, the first in image {bare[0]['image_id']}: read boxes only (masks off)")
+        if masks:
+            self._check_masks()
     def __len__(self): return len(self.ids)
-    def __repr__(self): return f"{len(self):,} images with objects of {len(self.classes)} classes from {self.images.name}"
-    def objects(self, image_id):
-        "Annotations to learn from: no crowd, some area."
-        info, found = self.coco.imgs[image_id], self.coco.imgToAnns[image_id]
-        area = lambda l, t, r, b: max(r - l, 0)*max(b - t, 0)
-        return [a for a in found if not a['iscrowd'] and area(*_corners(a, info)) > 0]
+    def __repr__(self):
+        return f"{len(self):,} images with objects of {len(self.classes)} classes from {self.images.name}"
+    def _check_masks(self):
+        "Refuses objects without a mask."
+        bare = [a for i in self.ids for a in self.objects(i) if not a.get('segmentation')]
+        if bare:
+            raise ValueError(
+                f"{len(bare)} objects have no mask, the first in image {bare[0]['image_id']}: "
+                "read boxes only (masks off)")
+
+# %% ../nbs/18_objects.ipynb #18-13a
+@patch
+def objects(self:Objects, image_id):
+    "Annotations to learn from: no crowd, some area."
+    found = []
+    for a in self.coco.imgToAnns[image_id]:
+        left, top, right, bottom = _corners(a, self.coco.imgs[image_id])
+        if not a['iscrowd'] and right > left and bottom > top:
+            found.append(a)
+    return found
 
 # %% ../nbs/18_objects.ipynb #18-14
 @patch
 def image(self:Objects, i): # (3,H,W)
     "Image i, of the size that its annotation says."
     info = self.coco.imgs[self.ids[i]]
-    x, size = read_image(self.images/info['file_name']), (info['height'], info['width'])
-    if x.shape[1:] != size: raise ValueError(f"{info['file_name']!r} has {x.shape[1]} x {x.shape[2]} pixels, its annotation says {size[0]} x {size[1]}")
+    x = read_image(self.images/info['file_name'])                  # (3,H,W)
+    size = info['height'], info['width']
+    if x.shape[1:] != size:
+        raise ValueError(
+            f"{info['file_name']!r} has {x.shape[1]} x {x.shape[2]} pixels, "
+            f"its annotation says {size[0]} x {size[1]}")
     return x
 
 # %% ../nbs/18_objects.ipynb #18-15
 @patch
-def __getitem__(self:Objects, i):
+def __getitem__(self:Objects, i): # image (3,H,W), and boxes (n,4), labels (n,), masks (n,H,W)
     image, info, found = self.image(i), self.coco.imgs[self.ids[i]], self.objects(self.ids[i])
     size = info['height'], info['width']
-    boxes = torch.tensor([_corners(a, info) for a in found], dtype=torch.float32).reshape(-1, 4)
-    target = dict(boxes=tv_tensors.BoundingBoxes(boxes, format='XYXY', canvas_size=size), labels=torch.tensor([self.labels[a['category_id']] for a in found], dtype=torch.long))
-    if self.masks: target['masks'] = tv_tensors.Mask(np.array([self.coco.annToMask(a) for a in found], np.uint8).reshape(-1, *size))  # (n,H,W)
+    corners = [_corners(a, info) for a in found]
+    boxes = torch.tensor(corners, dtype=torch.float32).reshape(-1, 4)
+    labels = [self.labels[a['category_id']] for a in found]
+    target = dict(
+        boxes=tv_tensors.BoundingBoxes(boxes, format='XYXY', canvas_size=size),
+        labels=torch.tensor(labels, dtype=torch.long))
+    if self.masks:
+        masks = np.array([self.coco.annToMask(a) for a in found], np.uint8)
+        target['masks'] = tv_tensors.Mask(masks.reshape(-1, *size))  # (n,H,W)
     return tv_tensors.Image(image), target
 
+# %% ../nbs/18_objects.ipynb #18-16b
 @patch
-def take(self:Objects, n, seed=0): # n: how many, 0 for all
+def take(self:Objects,
+         n, # how many, 0 for all
+         seed=0):
     "The same with n images drawn at random."
     chosen = np.random.default_rng(seed).permutation(len(self))[:n or None]
     some = copy.copy(self)
@@ -154,35 +203,64 @@ def take(self:Objects, n, seed=0): # n: how many, 0 for all
     return some
 
 # %% ../nbs/18_objects.ipynb #18-18
+def _name_box(ax, left, top, text, colour, inside):
+    "Writes a name at the upper left corner of a box, inside it or above it."
+    ax.text(max(left, 0), top, text, va='top' if inside else 'bottom',
+            fontsize=8, color='w', bbox=dict(fc=colour, ec='none', pad=.5))
+
 def show_objects(image, # uint8 (3,H,W)
-                 target, # dict with boxes (n,4) as left, top, right, bottom and labels (n,) from 1; masks (n,H,W) and scores (n,) if there are any
+                 target, # dict of boxes (n,4), labels (n,) from 1, if any masks (n,H,W), scores (n,)
                  classes, # their names, without the background
-                 ax=None, title=None, size=3., least=.5, names=True): # height in inches, lowest score drawn, whether names are written
+                 ax=None, # axes to draw in, a new figure if None
+                 title=None, # text above
+                 size=3., # height of a new figure in inches
+                 least=.5, # lowest score drawn
+                 names=True): # whether names are written
     "Draws boxes, masks and names on an image and returns the axes."
     target = {n: v.detach().cpu().as_subclass(torch.Tensor) for n, v in target.items()}
-    if 'scores' in target: target = {n: v[target['scores'] >= least] for n, v in target.items()}
+    if 'scores' in target:
+        target = {n: v[target['scores'] >= least] for n, v in target.items()}
     shades = [colours[(c - 1) % len(colours)] for c in target['labels'].tolist()]
-    if len(target.get('masks', ())): image = draw_segmentation_masks(image.cpu(), target['masks'].bool(), alpha=.5, colors=[tuple(round(255*v) for v in s) for s in shades])
+    if len(target.get('masks', ())):
+        fill = [tuple(round(255*v) for v in shade) for shade in shades]
+        image = draw_segmentation_masks(image.cpu(), target['masks'].bool(), alpha=.5, colors=fill)
     ax = show_image(image, ax, title, size)
     for i, (left, top, right, bottom) in enumerate(target['boxes'].tolist()):
-        ax.add_patch(Rectangle((left-.5, top-.5), right-left, bottom-top, fill=False, lw=1.2, ec=shades[i]))
-        text = classes[target['labels'][i] - 1] + (f" {target['scores'][i]:.2f}" if 'scores' in target else '')
-        if names: ax.text(max(left, 0), top, text, va='top' if top < .08*image.shape[1] else 'bottom', fontsize=7, color='w', bbox=dict(fc=shades[i], ec='none', pad=.5))
+        ax.add_patch(Rectangle((left-.5, top-.5), right-left, bottom-top,
+                               fill=False, lw=1.5, ec=shades[i]))
+        text = classes[target['labels'][i] - 1]
+        if 'scores' in target:
+            text += f" {target['scores'][i]:.2f}"
+        if names:
+            _name_box(ax, left, top, text, shades[i], inside=top < .08*image.shape[1])
     return ax
 
 # %% ../nbs/18_objects.ipynb #18-21
-voc_classes = ('aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow', 'diningtable', 'dog', 'horse',
-               'motorbike', 'person', 'pottedplant', 'sheep', 'sofa', 'train', 'tvmonitor')
+voc_classes = (
+    'aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow',
+    'diningtable', 'dog', 'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa',
+    'train', 'tvmonitor')
 
 def _voc_objects(path, image_id):
     "Size of an image and its objects, from one XML file."
-    root, found = ElementTree.parse(path).getroot(), []
+    root = ElementTree.parse(path).getroot()
     size = {n: int(root.findtext(f'size/{n}')) for n in ('height', 'width')}
+    found = []
     for o in root.findall('object'):
-        left, top, right, bottom = (float(o.findtext(f'bndbox/{n}')) for n in ('xmin', 'ymin', 'xmax', 'ymax'))
-        if o.findtext('name') not in voc_classes: raise ValueError(f"{path} names {o.findtext('name')!r}, which is none of VOC's classes: {', '.join(voc_classes)}")
-        found.append(dict(image_id=image_id, category_id=voc_classes.index(o.findtext('name')) + 1, bbox=[left-1, top-1, right-left+1, bottom-top+1],
-                          area=(right-left+1)*(bottom-top+1), difficult=int(o.findtext('difficult') or 0)))
+        name = o.findtext('name')
+        if name not in voc_classes:
+            raise ValueError(
+                f"{path} names {name!r}, which is none of VOC's classes: "
+                f"{', '.join(voc_classes)}")
+        sides = ('xmin', 'ymin', 'xmax', 'ymax')
+        left, top, right, bottom = (float(o.findtext(f'bndbox/{n}')) for n in sides)
+        width, height = right - left + 1, bottom - top + 1         # the last pixel is inside
+        found.append(dict(
+            image_id=image_id,
+            category_id=voc_classes.index(name) + 1,
+            bbox=[left - 1, top - 1, width, height],               # the first pixel is 1
+            area=width*height,
+            difficult=int(o.findtext('difficult') or 0)))
     return size, found
 
 # %% ../nbs/18_objects.ipynb #18-22
@@ -194,34 +272,57 @@ def read_voc(root, # VOCdevkit, the folder with VOC2007 and VOC2012
         base = root/f'VOC{year}'
         for name in (base/'ImageSets'/'Main'/f'{part}.txt').read_text().split():
             size, objects = _voc_objects(base/'Annotations'/f'{name}.xml', len(images))
-            images.append(dict(id=len(images), file_name=f'VOC{year}/JPEGImages/{name}.jpg') | size)
+            file = f'VOC{year}/JPEGImages/{name}.jpg'
+            images.append(dict(id=len(images), file_name=file) | size)
             found += objects
-    return dict(images=images, annotations=found, categories=[dict(id=i+1, name=n) for i, n in enumerate(voc_classes)])
+    categories = [dict(id=i+1, name=n) for i, n in enumerate(voc_classes)]
+    return dict(images=images, annotations=found, categories=categories)
 
 # %% ../nbs/18_objects.ipynb #18-26
 def _coco_part(root, word, masks):
     "The part of a COCO folder whose name begins with a word."
-    found = {re.fullmatch(r'instances_(.+)\.json', p.name)[1]: p for p in (root/'annotations').glob('instances_*.json')}
-    names = [n for n in found if n.startswith(word)]
-    if len(names) != 1: raise FileNotFoundError(f"{str(root/'annotations')!r} must have exactly one instances_{word}*.json, it has {len(names)}{': ' + ', '.join(sorted(names)) if names else ''}")
-    images = next((p for p in (root/names[0], root/'images'/names[0]) if p.is_dir()), None)
-    if not images: raise FileNotFoundError(f"{str(root)!r} has no folder {names[0]!r} with the images")
-    return Objects(images, found[names[0]], masks, empty=word != 'train')
+    found = {}
+    for p in (root/'annotations').glob('instances_*.json'):
+        found[p.stem.removeprefix('instances_')] = p
+    names = sorted(n for n in found if n.startswith(word))
+    if len(names) != 1:
+        listed = f": {', '.join(names)}" if names else ''
+        raise FileNotFoundError(
+            f"{str(root/'annotations')!r} must have exactly one instances_{word}*.json, "
+            f"it has {len(names)}{listed}")
+    name = names[0]
+    images = next((p for p in (root/name, root/'images'/name) if p.is_dir()), None)
+    if not images:
+        raise FileNotFoundError(f"{str(root)!r} has no folder {name!r} with the images")
+    return Objects(images, found[name], masks, empty=word != 'train')
 
-# %% ../nbs/18_objects.ipynb #18-27
+# %% ../nbs/18_objects.ipynb #18-26a
 def which_objects(data): # folder
     "The data set's folder and its kind, 'coco' or 'voc'."
     root = Path(data).expanduser()
-    if (root/'annotations').is_dir(): return root, 'coco'
+    if (root/'annotations').is_dir():
+        return root, 'coco'
     for voc in (root, root/'VOCdevkit'):
-        if (voc/'VOC2007').is_dir(): return voc, 'voc'
-    raise FileNotFoundError(f"{str(root)!r} is neither a COCO folder (it has no annotations/) nor a VOCdevkit (it has no VOC2007/)")
+        if (voc/'VOC2007').is_dir():
+            return voc, 'voc'
+    raise FileNotFoundError(
+        f"{str(root)!r} is neither a COCO folder (it has no annotations/) "
+        "nor a VOCdevkit (it has no VOC2007/)")
 
-def open_objects(data, # folder with annotations/instances_train*.json, ..._val*.json and the images in train* and val*; or VOCdevkit
-                 masks=True): # read masks, too; VOC is read without
+# %% ../nbs/18_objects.ipynb #18-27
+def open_objects(data, # a COCO folder, as below, or VOCdevkit
+                 masks=True): # read masks, too (VOC is read without)
     "Images to learn from and images to score: (Objects, Objects)."
     root, kind = which_objects(data)
-    if kind == 'coco': train, test = _coco_part(root, 'train', masks), _coco_part(root, 'val', masks)
-    else: train, test = (Objects(root, read_voc(root, p), False, p[0][1] == 'test') for p in ([('2007', 'trainval'), ('2012', 'trainval')], [('2007', 'test')]))
-    if train.classes != test.classes: raise ValueError(f"the classes to learn and to score differ: {', '.join(train.classes)} and {', '.join(test.classes)}")
+    if kind == 'coco':
+        train = _coco_part(root, 'train', masks)
+        test = _coco_part(root, 'val', masks)
+    else:
+        trainval = read_voc(root, [('2007', 'trainval'), ('2012', 'trainval')])
+        train = Objects(root, trainval, masks=False, empty=False)
+        test = Objects(root, read_voc(root, [('2007', 'test')]), masks=False)
+    if train.classes != test.classes:
+        raise ValueError(
+            "the classes to learn and to score differ: "
+            f"{', '.join(train.classes)} and {', '.join(test.classes)}")
     return train, test
