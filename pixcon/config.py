@@ -19,7 +19,8 @@ from pathlib import Path
 def param(default, why, # value if nothing else is said, one line that tells what it is
           choices=(), least=-math.inf, most=math.inf): # allowed words, or range of a number
     "A dataclass field with its meaning and what is allowed."
-    return field(default=default, metadata=dict(why=why, choices=choices, least=least, most=most))
+    about = dict(why=why, choices=choices, least=least, most=most)
+    return field(default=default, metadata=about)
 
 # %% ../nbs/09_config.ipynb #09-10
 _truth = dict(on=True, true=True, yes=True, off=False, false=False, no=False)
@@ -29,9 +30,10 @@ def _typed(name, value, kind):
     "Value as the type of its field, or a TypeError that says what was wrong."
     if kind is bool and str(value).lower() in _truth:
         return _truth[str(value).lower()]
-    if kind is str and isinstance(value, (str, int, os.PathLike)) and not isinstance(value, bool):
+    bare = not isinstance(value, bool)
+    if kind is str and bare and isinstance(value, (str, int, os.PathLike)):
         return str(value)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    number = bare and isinstance(value, (int, float)) and math.isfinite(value)
     if number and (kind is float or kind is int and value == int(value)):
         return kind(value)
     raise TypeError(f'{name} must be {_wanted[kind]}, got {value!r}')
@@ -40,7 +42,8 @@ def _typed(name, value, kind):
 def _allowed(name, value, choices, least, most, **_):
     "Refuses a value that is not allowed, and says which are."
     if choices and value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        listed = ', '.join(map(repr, choices))
+        raise ValueError(f'{name} must be one of {listed}, got {value!r}')
     if isinstance(value, (int, float)) and not least <= value <= most:
         bounds = f'from {least} to {most}' if most < math.inf else f'at least {least}'
         raise ValueError(f'{name} must be {bounds}, got {value}')
@@ -88,7 +91,8 @@ class PretrainConfig(RunConfig):
     data: str = param(
         '', "folder(s), glob or 'scenes', '' for $PIXCON_DATA or the built-in ones")
     recipe: str = param(
-        'auto', "'paper', 'small', or 'auto': small for the built-in scenes, else paper", ('auto', 'paper', 'small'))
+        'auto', "'paper', 'small', or 'auto': small for the built-in scenes, else paper",
+        ('auto', 'paper', 'small'))
     size: int = param(224, 'pixels per side of a view', least=8)
     matching: str = param(
         'sim', "feature matching, 'sim', or spatial matching, 'coord'", ('sim', 'coord'))
@@ -133,8 +137,8 @@ class PretrainConfig(RunConfig):
 RECIPES = dict(
     paper=dict(),
     small=dict(backbone='shufflenet_v2_x1_0', stride=8, size=64, min_scale=.25, blur_sigma=.6,
-               queue=64, hidden=256, dim=64, epochs=60, batch=64, optimizer='adamw', lr=4e-3,
-               weight_decay=1e-2, warmup_epochs=2., target_momentum=.95, log_steps=4))
+               hidden=256, dim=64, epochs=60, batch=64, optimizer='adamw', lr=4e-3, weight_decay=1e-2,
+               warmup_epochs=2., target_momentum=.95, log_steps=4))
 
 # %% ../nbs/09_config.ipynb #09-23
 def variant(config): # PretrainConfig, or a run's parameters as a dict
@@ -149,7 +153,7 @@ def resolve(kind, # dataclass of the parameters
             recipes, recipe, # dict of recipes, each a dict of values, the name of one
             given, # what `check` returned
             rates=None): # values that go with an optimizer, a dict by its name
-    "The record of a run: defaults, recipe, the optimizer's rates if it is another one, what was given."
+    "The record of a run: defaults, recipe, rates of another optimizer, what was given."
     usual = recipes[recipe].get('optimizer', kind.optimizer)
     chosen = given.get('optimizer', usual)
     own = rates[chosen] if rates and chosen != usual else {}
@@ -162,7 +166,7 @@ def show_config(config): # dataclass
 
 # %% ../nbs/09_config.ipynb #09-32
 def given_parameters(before, now): # copies of globals(): after the imports, and behind the parameters
-    "Names and values that have come up in between, those that begin with an underscore left out."
+    "Names and values that came up in between, without those that begin with an underscore."
     new = {n: v for n, v in now.items() if n not in before or before[n] is not v}
     return {n: v for n, v in new.items() if not n.startswith('_') and n != 'before'}
 
