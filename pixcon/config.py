@@ -106,14 +106,12 @@ class PretrainConfig(RunConfig):
         .5, 'weight of the dense loss (lambda), 0 is MoCo-v2+', least=0, most=1)
     tau: float = param(.2, 'temperature of InfoNCE (tau)', least=1e-4)
     power: float = param(2., 'exponent of the weights (gamma)', least=1e-3)
-    queue: int = param(
-        65536, 'negatives kept (K), at most a quarter of the images if not given', least=1)
+    queue: int = param(65536, 'negatives kept (K), if not given a quarter of the images', least=1)
     queue_start: str = param(
         'empty', "'empty', or 'random' as in the released code", ('empty', 'random'))
     overlap_rule: str = param(
         'area', "'area', or 'floor' as in the released code", ('area', 'floor'))
-    max_dist: float = param(
-        0., 'largest distance of a spatial match in cell diagonals, 0 for no limit', least=0)
+    max_dist: float = param(0., 'longest spatial match in cell diagonals, 0 for any', least=0)
     hidden: int = param(2048, 'width of projection heads and predictors', least=1)
     dim: int = param(128, 'size of an embedding (D)', least=2)
     epochs: int = param(800, 'passes over the images', least=1)
@@ -131,10 +129,8 @@ class PretrainConfig(RunConfig):
         2., 'largest sigma of the blur in pixels of a view', least=.1)
     scenes: int = param(256, 'how many built-in scenes', least=2)
     scene_size: int = param(96, 'their side in pixels', least=16)
-    compile: str = param(
-        'auto', "torch.compile: 'on', 'off', 'auto' for long runs on a GPU", ('auto', 'on', 'off'))
-    cache: str = param(
-        'auto', "decoded images kept in memory: 'auto', 'ram', 'off'", ('auto', 'ram', 'off'))
+    compile: str = param('auto', 'torch.compile, auto: long runs on a GPU', ('auto', 'on', 'off'))
+    cache: str = param('auto', 'decoded images kept in memory', ('auto', 'ram', 'off'))
     save_epochs: int = param(
         10, 'epochs between two checkpoints, 0 for by time only', least=0)
 
