@@ -173,9 +173,10 @@ def uninformed_loss(n, # number of negatives
     p = ((dim - 2)*theta.cos().log()).softmax(0)                   # (500,) of each angle
     logit = theta.sin()/tau                                        # (500,)
     many = (p.log() + logit).logsumexp(0).item()                   # log E[exp(c/tau)]
-    step, widest = .25, 1/tau - many                               # the largest term, its log
-    log_t = torch.arange(-widest - 16, 1/tau + many + 4, step, dtype=torch.double)
-    terms = (log_t[:, None] + logit - many - math.log(n+1)).exp()  # (T,500) t times a term of the mean
+    largest, smallest = 1/tau - many, -1/tau - many                # a term's log, its mean being 1
+    step = .25
+    log_t = torch.arange(-largest - 16, 4 - smallest, step, dtype=torch.double)  # (T,)
+    terms = (log_t[:, None] + logit - many - math.log(n+1)).exp()  # (T,500) t times a term
     one = torch.expm1(-terms) @ p                                  # (T,) E[exp(-term)] - 1
     all_terms = ((n+1)*one.clamp(min=-1).log1p()).exp()            # (T,) E[exp(-t S)]
     few = step*((-log_t.exp()).exp() - all_terms).sum().item()     # E[log S], at most 0
