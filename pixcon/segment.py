@@ -39,7 +39,7 @@ from .distributed import (device, gather_objects, gather_tensor, main, rank, sha
                                 sum_over_processes, world)
 from .encoder import feature_shape, make_backbone
 from .labelled import open_labelled, which_labelled
-from .model import over_processes
+from .model import mean_over_processes
 from .probe import scores
 from .run import (Run, autocast, fingerprint, keep_memory, loader_workers,
                         make_optimizer, precision, read_file, read_run, step_if_finite,
@@ -66,8 +66,8 @@ def class_legend(names): # of the classes, at most twenty are shown
 class SegmentConfig(RunConfig):
     "Everything that a fine-tuning for segmentation depends on."
     data: str = param('scenes', "labelled images: 'scenes' or a folder, or kind:folder")
-    checkpoint: str = param('', "run folder of train.ipynb; '' for random weights")
-    out: str = param('', "run folder; '' for runs/segment-DATA-CHECKPOINT-seedN")
+    checkpoint: str = param('', "run folder of train.ipynb, '' for random weights")
+    out: str = param('', "run folder, '' for runs/segment-DATA-CHECKPOINT-seedN")
     recipe: str = param('auto', "its name, 'auto' for the one of the data",
                         ('auto', 'voc12aug', 'cityscapes', 'ade20k', 'small'))
     compare: bool = param(False, 'the same again from random weights, in out/random')
@@ -431,7 +431,7 @@ def fine_tune(model, # Segmenter, on the device to train on
         run.advance(good, names)
         if run.reports():
             lr = optimizer.param_groups[0]['lr']
-            run.report(dict(loss=over_processes(loss).item(), lr=lr))
+            run.report(dict(loss=mean_over_processes(loss).item(), lr=lr))
     share_statistics(model)
     run.finish()
     return run.log()
