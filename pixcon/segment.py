@@ -130,7 +130,7 @@ def _take_backbone(config, given):
     _, pretrained, _ = read_run(config.checkpoint)
     for name in ('backbone', 'stride'):
         own = pretrained[name]
-        if name in given and given[name] != own:
+        if given.get(name) not in (None, own):
             raise ValueError(f'{name} is that of the checkpoint, {own!r}, got {given[name]!r}: '
                              'leave one of the two out')
         setattr(config, name, own)

@@ -407,13 +407,15 @@ def same(a, b):
 def kill(child):
     "SIGKILL for a child and all that it started."
     os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+    child.communicate()
 
 
 @pytest.mark.parametrize('processes', [1, 2])
 def test_killed_at_random_moments(tmp_path, processes):
     "SIGKILL at any moment, also while a checkpoint is written; the same command again ends with the same bits."
-    assert start(*program(processes, out=tmp_path/'whole')).wait(300) == 0
+    whole = start(*program(processes, out=tmp_path/'whole'))
+    said = whole.communicate(timeout=300)[0]
+    assert whole.returncode == 0, said
     rng, folder, kills = np.random.default_rng(processes), tmp_path/'killed', 0
     wanted = KILLS if processes == 1 else -(-KILLS//3)
     while kills < wanted:
