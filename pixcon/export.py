@@ -10,7 +10,6 @@ __all__ = ['to_detectron2', 'from_detectron2', 'library_names', 'layouts', 'matc
 import json, os, pickle, re, sys
 from collections import OrderedDict
 from pathlib import Path
-from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -24,7 +23,8 @@ from .augment import imagenet_mean, imagenet_std
 from .scenes import Scenes
 from .encoder import feature_shape, make_backbone
 from .plot import show_curves
-from .training import load_pth, read_file, read_log, read_run, variant
+from .config import variant
+from .run import load_pth, read_file, read_log, read_run
 
 # %% ../nbs/20_export.ipynb #20-15
 def _public(config): # parameters of a run
@@ -41,7 +41,7 @@ def _run_weights(folder, encoder): # run folder, 'online' or 'target'
         stride=str(config['stride']),
         encoder=encoder,
         step=str(step),
-        variant=variant(SimpleNamespace(**config)),
+        variant=variant(config),
         size=str(config['size']),
         config=json.dumps(_public(config)))
     return state, about
@@ -470,11 +470,11 @@ def _curves(run, path):
     if len(log) < 2:
         return []
     picture = path.with_suffix('.png')
-    show_curves(log, [['loss', 'loss_chance'], 'lr', 'images_per_s'], size=2.6)
+    show_curves(log, [['loss', 'loss_uninformed'], 'lr', 'images_per_s'], size=2.6)
     plt.savefig(picture)
     plt.close()
     return ['## Curves', f'![loss, learning rate and speed]({picture.name})',
-            '`loss_chance` is the loss of a network to which all choices look alike.']
+            '`loss_uninformed` is what queries pay that know nothing.']
 
 def _load_code(name, file):
     "Lines of Python that load a file, with pixcon and, for torchvision's networks, without."

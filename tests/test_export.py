@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from pixcon import export
 from pixcon.export import (export_backbone, from_detectron2, layouts, load_backbone, read_weights,
                            to_detectron2)
-from pixcon.training import Run, configure
+from pixcon.training import Pretraining, configure
 
 ROOT = Path(__file__).parent.parent
 HAS_TIMM = find_spec('timm') is not None
@@ -33,7 +33,7 @@ CHECKPOINT = 'checkpoint.pt'                                       # of a run fo
 def tiny_run(out, **given):
     "Trains two steps, in float32 unless told otherwise; returns the run folder."
     small = dict(data='scenes', scenes=4, batch=2, epochs=1, size=64, hidden=8, dim=4, queue=4, amp='off')
-    Run(*configure(**small | given, out=str(out))).fit()
+    Pretraining(*configure(**small | given, out=str(out))).fit()
     return Path(out)
 
 
@@ -489,7 +489,7 @@ def test_card_and_privacy(make_run, tmp_path):
     assert '## Curves' not in card() and '## Numbers' not in card()
     assert not (out/'resnet18-online.png').exists()
     (run/'summary.json').write_text(json.dumps(dict(variant='sr', probe_trained=41.23456)))
-    lines = [dict(step=i, loss=1/i, loss_chance=1., lr=.1, images_per_s=5.) for i in (1, 2, 3)]
+    lines = [dict(step=i, loss=1/i, loss_uninformed=1., lr=.1, images_per_s=5.) for i in (1, 2, 3)]
     (run/'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     for layout in possible('resnet18'):
         export_backbone(run, out, layout)
