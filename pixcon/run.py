@@ -81,7 +81,8 @@ def _cpu_has_bf16():
     return any(t() for t in tests if t)
 
 def _best_precision(device):
-    "The word for what a machine multiplies fastest."
+    "The word for what a machine multiplies fastest, or what $PIXCON_AMP says."
+    if os.environ.get('PIXCON_AMP'): return os.environ['PIXCON_AMP']
     if device != 'cuda': return 'bf16' if _cpu_has_bf16() else 'off'
     return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
 
