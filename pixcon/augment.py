@@ -12,53 +12,68 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torchvision.transforms.v2.functional import resized_crop
 
 # %% ../nbs/03_augment.ipynb #03-07
 def _centre_box(height, width, ratio):
     "Largest centred box whose width/height lies in ratio."
-    h, w = min(height, round(width/ratio[0])), min(width, round(height*ratio[1]))
-    h, w = max(h, 1), max(w, 1)
+    h = max(min(height, round(width/ratio[0])), 1)
+    w = max(min(width, round(height*ratio[1])), 1)
     return (height-h)//2, (width-w)//2, h, w
-
-def random_box(rng, # numpy Generator
-               height, width, # size of the photo in pixels
-               scale=(.08, 1.), # smallest and largest share of the photo's area
-               ratio=(3/4, 4/3)): # smallest and largest width/height
-    "One crop box (top, left, height, width) in pixels of the photo (PixCon 2025, section 5.1)."
-    return _fitting_box(rng, height, width, scale, ratio) or _centre_box(height, width, ratio)
 
 def _fitting_box(rng, height, width, scale, ratio):
     "A box drawn until it fits, ten times at most; None if none did."
     for _ in range(10):
-        area, aspect = rng.uniform(*scale)*height*width, math.exp(rng.uniform(*np.log(ratio)))
+        area = rng.uniform(*scale)*height*width
+        aspect = math.exp(rng.uniform(*np.log(ratio)))
         h, w = round(math.sqrt(area/aspect)), round(math.sqrt(area*aspect))
         if 0 < h <= height and 0 < w <= width:
-            return int(rng.integers(0, height-h, endpoint=True)), int(rng.integers(0, width-w, endpoint=True)), h, w
+            top = int(rng.integers(0, height-h, endpoint=True))
+            left = int(rng.integers(0, width-w, endpoint=True))
+            return top, left, h, w
 
-# %% ../nbs/03_augment.ipynb #03-12
+# %% ../nbs/03_augment.ipynb #03-08
+def random_box(rng, # numpy Generator
+               height, width, # size of the photo in pixels
+               scale=(.08, 1.), # smallest and largest fraction of the photo's area
+               ratio=(3/4, 4/3)): # smallest and largest width/height
+    "One crop box (top, left, height, width) in pixels of the photo (PixCon 2025, section 5.1)."
+    box = _fitting_box(rng, height, width, scale, ratio)
+    return box or _centre_box(height, width, ratio)
+
+# %% ../nbs/03_augment.ipynb #03-13
 def _shared_area(a, b):
     "Pixels that two boxes share."
-    return math.prod(max(0, min(a[d]+a[d+2], b[d]+b[d+2]) - max(a[d], b[d])) for d in (0, 1))
+    ends = [min(a[d] + a[d+2], b[d] + b[d+2]) for d in (0, 1)]
+    starts = [max(a[d], b[d]) for d in (0, 1)]
+    return math.prod(max(0, end - start) for start, end in zip(starts, ends))
+
+def _overlaps(a, b, min_overlap):
+    "Whether enough of box b lies in box a."
+    return _shared_area(a, b) >= max(1, min_overlap*b[2]*b[3])
 
 def _slide_onto(a, b, height, width):
     "Box b moved until its centre lies on that of a, as far as the photo allows."
-    top, left = (min(max(a[d] + (a[d+2] - b[d+2])//2, 0), n - b[d+2]) for d, n in ((0, height), (1, width)))
+    top = a[0] + (a[2] - b[2])//2
+    left = a[1] + (a[3] - b[3])//2
+    top = min(max(top, 0), height - b[2])
+    left = min(max(left, 0), width - b[3])
     return top, left, b[2], b[3]
 
+# %% ../nbs/03_augment.ipynb #03-14
 def two_boxes(rng, height, width, scale=(.08, 1.), ratio=(3/4, 4/3), # as for `random_box`
-              min_overlap=.01, # share of the second box that must lie in the first
-              tries=10): # draws of the second box before it is slid onto the first
+              min_overlap=.01, # fraction of the second box that must lie in the first
+              tries=10): # how often the second box is drawn before it is slid onto the first
     "Two crop boxes of one photo that overlap, (2,4) int64."
-    enough = lambda b: _shared_area(a, b) >= max(1, min_overlap*b[2]*b[3])
     a = random_box(rng, height, width, scale, ratio)
     for _ in range(tries):
         b = random_box(rng, height, width, scale, ratio)
-        if enough(b): return np.array([a, b])
+        if _overlaps(a, b, min_overlap): return np.array([a, b])
     b = _slide_onto(a, b, height, width)
-    return np.array([a, b if enough(b) else a])
+    return np.array([a, b if _overlaps(a, b, min_overlap) else a])
 
-# %% ../nbs/03_augment.ipynb #03-16
+# %% ../nbs/03_augment.ipynb #03-18
 n_draws = 13  # jitter?, brightness, contrast, saturation, hue, grey?, blur?, sigma, solarize?, order of the four jitters
 
 def _readable(images, i, seed): # seed: a tuple of numbers
@@ -70,14 +85,19 @@ def _readable(images, i, seed): # seed: a tuple of numbers
         except ValueError: pass
     raise error
 
+# %% ../nbs/03_augment.ipynb #03-19
 class TwoViews:
-    "Two overlapping views of each image with their boxes, flips and draws; `views[epoch, i]` is a function of (seed, epoch, i)."
+    "Two overlapping views of each image with boxes, flips and random draws; `views[epoch, i]` is a function of (seed, epoch, i)."
     def __init__(self, images, # anything with a length and uint8 (3,H,W) items
                  size=224, # side of a view in pixels, or (height, width)
-                 seed=0, scale=(.08, 1.), ratio=(3/4, 4/3), min_overlap=.01):
-        self.images, self.size, self.seed = images, [size, size] if isinstance(size, int) else list(size), seed
+                 seed=0, scale=(.08, 1.), ratio=(3/4, 4/3), min_overlap=.01): # as for `two_boxes`
+        self.images = images
+        self.size = [size, size] if isinstance(size, int) else list(size)
+        self.seed = seed
         self.boxes = dict(scale=scale, ratio=ratio, min_overlap=min_overlap)
+
     def __len__(self): return len(self.images)
+
     def __getitem__(self, key): # i, or (epoch, i)
         epoch, i = key if isinstance(key, tuple) else (0, key)
         rng = np.random.default_rng((self.seed, epoch, i))
@@ -85,122 +105,154 @@ class TwoViews:
         box = two_boxes(rng, *image.shape[1:], **self.boxes)       # (2,4)
         flip = rng.random(2) < .5                                  # (2,)
         view = [resized_crop(image, *b, self.size, antialias=True) for b in box.tolist()]
-        view = torch.stack([v.flip(-1) if f else v for v, f in zip(view, flip)])  # (2,3,h,w)
-        draw = torch.from_numpy(rng.random((2, n_draws), dtype=np.float32))
-        return dict(view=view, box=torch.from_numpy(box), flip=torch.from_numpy(flip), draw=draw, index=used, asked=i)
+        view = [v.flip(-1) if f else v for v, f in zip(view, flip)]
+        draw = rng.random((2, n_draws), dtype=np.float32)          # (2,13)
+        return dict(view=torch.stack(view),                        # (2,3,h,w)
+                    box=torch.from_numpy(box),
+                    flip=torch.from_numpy(flip),
+                    draw=torch.from_numpy(draw),
+                    index=used,
+                    asked=i)
 
-# %% ../nbs/03_augment.ipynb #03-23
+# %% ../nbs/03_augment.ipynb #03-27
 def box_rates(sizes, # (n,2) heights and widths in pixels
-              draws=1000, seed=0, scale=(.08, 1.), ratio=(3/4, 4/3), min_overlap=.01): # pairs to draw, as for `two_boxes`
-    "Share of pairs that would need the centred box, and share that would need the second box slid."
-    rng, none, slid = np.random.default_rng(seed), 0, 0
+              draws=1000, # how many pairs of boxes are drawn
+              seed=0, scale=(.08, 1.), ratio=(3/4, 4/3), min_overlap=.01): # as for `two_boxes`
+    "Fraction of pairs that would need the centred box, and fraction that would need the second box slid."
+    rng = np.random.default_rng(seed)
+    centred = slid = 0
     for h, w in np.asarray(sizes)[rng.integers(0, len(sizes), draws)].tolist():
-        a, *others = (_fitting_box(rng, h, w, scale, ratio) for _ in range(11))
+        a, *others = [_fitting_box(rng, h, w, scale, ratio) for _ in range(11)]
         others = [b for b in others if b]
-        if not (a and others): none += 1
-        else: slid += all(_shared_area(a, b) < max(1, min_overlap*b[2]*b[3]) for b in others)
-    return none/draws, slid/draws
+        if not (a and others): centred += 1
+        elif not any(_overlaps(a, b, min_overlap) for b in others): slid += 1
+    return centred/draws, slid/draws
 
-# %% ../nbs/03_augment.ipynb #03-26
+# %% ../nbs/03_augment.ipynb #03-30
 _grey = torch.tensor([.2989, .587, .114])
 _mean_grey = _grey.expand(3, 3)                                    # every row is g
 _yiq = torch.tensor([[.299, .587, .114], [.5959, -.2746, -.3213], [.2115, -.5227, .3112]])
 
-def _hue_matrix(turn): # (n,) share of the colour wheel
+def _hue_matrix(turn): # (n,) fraction of the colour wheel
     "Rotation of the colours about the grey axis, (n,3,3)."
     c, s = (2*math.pi*turn).cos(), -(2*math.pi*turn).sin()
     o, i = torch.zeros_like(c), torch.ones_like(c)
-    turned = torch.stack([i, o, o, o, c, -s, o, s, c], -1).view(-1, 3, 3)  # (n,3,3)
-    return torch.linalg.inv(_yiq) @ turned @ _yiq
+    turned = torch.stack([i, o, o, o, c, -s, o, s, c], -1)         # (n,9)
+    return torch.linalg.inv(_yiq) @ turned.view(-1, 3, 3) @ _yiq
 
-def _jitter_matrices(b, c, s, turn): # (n,) each
+# %% ../nbs/03_augment.ipynb #03-31
+def _jitter_matrices(brightness, contrast, saturation, turn): # (n,) each
     "The four jitters of n images: on the pixel (n,4,3,3), on the mean (n,4,3,3)."
-    unit, v = torch.eye(3), [f[:, None, None] for f in (b, c, s)]
-    pixel = torch.stack([v[0]*unit, v[1]*unit, v[2]*unit + (1-v[2])*_mean_grey, _hue_matrix(turn)], 1)  # (n,4,3,3)
+    b, c, s = (f[:, None, None] for f in (brightness, contrast, saturation))
+    unit = torch.eye(3)
+    pixel = [b*unit, c*unit, s*unit + (1-s)*_mean_grey, _hue_matrix(turn)]
+    pixel = torch.stack(pixel, 1)                                  # (n,4,3,3)
     mean = torch.zeros_like(pixel)
-    mean[:, 1] = (1-v[1])*_mean_grey
+    mean[:, 1] = (1-c)*_mean_grey
     return pixel, mean
 
-# %% ../nbs/03_augment.ipynb #03-30
-def colour_matrices(draw, # (n,13) draws in [0,1]
+# %% ../nbs/03_augment.ipynb #03-35
+def colour_matrices(draw, # (n,13) random draws in [0,1]
                     jitter=.8, # probability of the four jitters
                     strength=(.4, .4, .2, .1), # largest change of brightness, contrast, saturation, and hue (in turns)
                     grey=.2): # probability of greyscale
     "The colour change of each image as x' = A x + T mean(x): A (n,3,3), T (n,3,3), jitters in each image's own order."
     amount = (2*draw[:, 1:5] - 1)*torch.tensor(strength)           # (n,4)
     pixel, mean = _jitter_matrices(*(1 + amount[:, :3]).T, amount[:, 3])
-    A, T, n = torch.eye(3).expand(len(draw), 3, 3), torch.zeros(len(draw), 3, 3), torch.arange(len(draw))
+    A = unit = torch.eye(3).expand(len(draw), 3, 3)
+    T = torch.zeros(len(draw), 3, 3)
+    n = torch.arange(len(draw))
     for op in draw[:, 9:13].argsort(1).T:                          # (n,) which jitter comes next
-        A, T = pixel[n, op] @ A, pixel[n, op] @ T + mean[n, op] @ (A + T)  # (n,3,3)
-    on = (draw[:, 0] < jitter)[:, None, None]
-    A, T = torch.where(on, A, torch.eye(3)), torch.where(on, T, 0.)
-    last = torch.where((draw[:, 5] < grey)[:, None, None], _mean_grey, torch.eye(3))
-    return last @ A, last @ T
+        T = pixel[n, op] @ T + mean[n, op] @ (A + T)               # (n,3,3)
+        A = pixel[n, op] @ A                                       # (n,3,3)
+    jittered = (draw[:, 0] < jitter)[:, None, None]
+    greyed = (draw[:, 5] < grey)[:, None, None]
+    last = torch.where(greyed, _mean_grey, unit)
+    return last @ torch.where(jittered, A, unit), last @ torch.where(jittered, T, 0.)
 
-# %% ../nbs/03_augment.ipynb #03-34
+# %% ../nbs/03_augment.ipynb #03-39
+def _gaussian(sigma, half):
+    "Weights at the distances -half ... half, one row for each sigma, (n,2*half+1)."
+    distance = torch.arange(-half, half+1)
+    return (-.5*(distance/sigma[:, None])**2).softmax(1)
+
+# %% ../nbs/03_augment.ipynb #03-40
 def gaussian_blur(x, # (n,C,H,W)
                   sigma, # (n,) in pixels, on the CPU
                   kernel=23): # taps, odd
     "Gaussian blur with mirrored borders, each view with its own sigma, (n,C,H,W)."
     y = x.flatten(0, 1)[None]                                      # (1,nC,H,W)
-    for size, axis in zip(x.shape[2:], ((-1, 1), (1, -1))):        # first along the columns, then along the rows
+    for size, axis in zip(x.shape[2:], ('column', 'row')):
         half = min(kernel//2, size-1)
-        weight = (-.5*(torch.arange(-half, half+1)/sigma[:, None])**2).softmax(1).repeat_interleave(x.shape[1], 0)  # (nC,t)
-        y = F.pad(y, (0, 0, half, half) if axis == (-1, 1) else (half, half, 0, 0), mode='reflect')
-        y = F.conv2d(y, weight.to(x.device, non_blocking=True).view(len(weight), 1, *axis), groups=len(weight))  # (1,nC,H,W)
+        weight = _gaussian(sigma, half).repeat_interleave(x.shape[1], 0)  # (nC,t)
+        weight = weight.to(x.device, non_blocking=True)
+        if axis == 'column':
+            weight, pad = weight[:, None, :, None], (0, 0, half, half)
+        else:
+            weight, pad = weight[:, None, None, :], (half, half, 0, 0)
+        y = F.pad(y, pad, mode='reflect')
+        y = F.conv2d(y, weight, groups=len(weight))                # (1,nC,H,W)
     return y.view_as(x)
 
-# %% ../nbs/03_augment.ipynb #03-37
+# %% ../nbs/03_augment.ipynb #03-43
 imagenet_mean, imagenet_std = (.485, .456, .406), (.229, .224, .225)
 
 class Photometric(nn.Module):
-    "BYOL's asymmetric photometric on a batch of view pairs, each view by its own draws."
+    "BYOL's asymmetric photometric augmentation of a batch of view pairs, each view by its own random draws."
     def __init__(self, blur=(1., .1), solarize=(0., .2), # probability for view 1 and view 2
                  jitter=.8, strength=(.4, .4, .2, .1), grey=.2, # as for `colour_matrices`
                  sigma=(.1, 2.), kernel=23): # range of the blur and its taps, in pixels of the view
         super().__init__()
-        self.colour, self.sigma, self.kernel = dict(jitter=jitter, strength=strength, grey=grey), sigma, kernel
+        self.colour = dict(jitter=jitter, strength=strength, grey=grey)
+        self.sigma, self.kernel = sigma, kernel
         self.blur, self.solarize = torch.tensor(blur), torch.tensor(solarize)
         for name, value in (('mean', imagenet_mean), ('std', imagenet_std)):
-            self.register_buffer(name, torch.tensor(value)[:, None, None], persistent=False)  # (3,1,1)
+            value = torch.tensor(value)[:, None, None]             # (3,1,1)
+            self.register_buffer(name, value, persistent=False)
 
     def forward(self, view, # (B,2,3,H,W) uint8, on any device
-                draw): # (B,2,13) draws in [0,1], on the CPU
+                draw): # (B,2,13) random draws in [0,1], on the CPU
         "Views as the network takes them, (B,2,3,H,W) float."
         draw = draw.cpu().flatten(0, 1)                            # (2B,13)
-        parts = (view.flatten(0, 1), draw, *colour_matrices(draw, **self.colour))
-        parts = zip(*(p.split(8 if view.device.type == 'cpu' else len(p)) for p in parts))
-        return torch.cat([self.changed(*p) for p in parts]).view(view.shape)
+        A, T = colour_matrices(draw, **self.colour)                # (2B,3,3) each
+        at_once = 8 if view.device.type == 'cpu' else len(draw)
+        parts = [t.split(at_once) for t in (view.flatten(0, 1), draw, A, T)]
+        return torch.cat([self.changed(*part) for part in zip(*parts)]).view(view.shape)
 
-# %% ../nbs/03_augment.ipynb #03-39
-from fastcore.basics import patch
-
+# %% ../nbs/03_augment.ipynb #03-45
 @patch
 def colours(self:Photometric, x, A, T): # (n,3,H,W), (n,3,3) each as `colour_matrices` gives them
     "Colour jitter and greyscale, (n,3,H,W)."
-    A, T = (m.to(x.device, non_blocking=True) for m in (A, T))
+    A = A.to(x.device, non_blocking=True)
+    T = T.to(x.device, non_blocking=True)
     shift = T @ x.flatten(2).mean(2, keepdim=True)                 # (n,3,1)
     return torch.baddbmm(shift, A, x.flatten(2)).view_as(x).clamp_(0, 1)
 
 @patch
-def chosen(self:Photometric, draws, chance): # (n,) draws of views 1, 2, 1, 2, ...; (2,) probability for each of the two
-    "Which views the draws hit, (m,) on the CPU."
+def chosen(self:Photometric, draws, chance): # (n,) for views 1, 2, 1, 2, ... and (2,) for each of the two
+    "Which views the random draws hit, (m,) on the CPU."
     return (draws.view(-1, 2) < chance).flatten().nonzero()[:, 0]
 
+# %% ../nbs/03_augment.ipynb #03-46
 @patch
-def changed(self:Photometric, view, draw, A, T): # (n,3,H,W) uint8; (n,13), (n,3,3) each on the CPU
+def changed(self:Photometric, view, draw, A, T): # (n,3,H,W) uint8, and on the CPU (n,13), (n,3,3), (n,3,3)
     "All changes of some views, (n,3,H,W) float."
     x = self.colours(view.float().div_(255), A, T)                 # (n,3,H,W)
-    blur, solarize = self.chosen(draw[:, 6], self.blur), self.chosen(draw[:, 8], self.solarize)
+    blur = self.chosen(draw[:, 6], self.blur)                      # (m,)
+    solarize = self.chosen(draw[:, 8], self.solarize)              # (k,)
     low, high = self.sigma
     sigma = low + (high-low)*draw[blur, 7]                         # (m,)
-    blur, solarize = (i.to(x.device, non_blocking=True) for i in (blur, solarize))
+    blur = blur.to(x.device, non_blocking=True)
+    solarize = solarize.to(x.device, non_blocking=True)
     if len(blur): x[blur] = gaussian_blur(x[blur], sigma, self.kernel)
-    if len(solarize): x[solarize] = torch.where(x[solarize] >= 128/255, 1 - x[solarize], x[solarize])
+    if len(solarize):
+        bright = x[solarize] >= 128/255                            # (k,3,H,W)
+        x[solarize] = torch.where(bright, 1 - x[solarize], x[solarize])
     return x.sub_(self.mean).div_(self.std)
 
-# %% ../nbs/03_augment.ipynb #03-41
+# %% ../nbs/03_augment.ipynb #03-48
 def denormalise(x): # (...,3,H,W) as `Photometric` returns them
     "Undoes the ImageNet normalisation, clipped to [0,1]."
-    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (imagenet_mean, imagenet_std))
+    mean = torch.tensor(imagenet_mean, device=x.device)[:, None, None]  # (3,1,1)
+    std = torch.tensor(imagenet_std, device=x.device)[:, None, None]
     return (x*std + mean).clamp(0, 1)

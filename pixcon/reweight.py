@@ -10,11 +10,14 @@ import torch
 
 # %% ../nbs/06_reweight.ipynb #06-09
 def semantic_weights(sim, # (N,S) cosine of each query cell's best match
-                     inside=None, # (N,S) bool, True where the other view sees the cell too; None: the similarity itself, negative ones as 0, to the power
+                     inside=None, # (N,S) bool, True where the other view sees the cell (None: see below)
                      power=2.): # gamma, above 1 lowers the middle
-    "Weight of each query cell, (N,S): 1 inside, rescaled similarity outside, finite always (PixCon-SR)."
-    if not power > 0: raise ValueError(f"power must be above 0, got {power}")
-    if inside is None: return sim.clamp(min=0)**power
+    """Weight of each query cell, (N,S): 1 inside, rescaled similarity outside, finite always.
+    Without `inside` the similarity itself, negative ones as 0, to the power."""
+    if not power > 0:
+        raise ValueError(f"power must be above 0, got {power}")
+    if inside is None:
+        return sim.clamp(min=0)**power
     low = sim.amin(1, keepdim=True)                                # (N,1)
     high = sim.masked_fill(inside, -torch.inf).amax(1, keepdim=True)  # (N,1)
     span = high - low

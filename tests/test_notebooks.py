@@ -8,13 +8,20 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 import pytest
-from pixcon.training import Config
+from pixcon.config import PretrainConfig
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 NUMBERED = [p for p in NOTEBOOKS if p.name[0].isdigit()]
-PAPERMILL = [p for p in NOTEBOOKS if p.stem in ('train', 'finetune_segment', 'finetune_detect', 'results', 'benchmark')]
-name = lambda p: p.stem
+PAPERMILL = [p for p in NOTEBOOKS if not p.name[0].isdigit() and p.stem != 'index']
+MAP = '''00_plot 01_data 02_scenes 03_augment 04_encoder 05_matching 06_reweight 07_loss 08_model 09_config 10_run
+         11_distributed 12_training 13_plan 15_labelled 16_probe 17_segment 18_objects 19_detect 20_export'''.split()
+
+
+def stem(path): return path.stem
+
+
+def each(paths): return pytest.mark.parametrize('path', paths, ids=stem)
 
 
 def cells(path, kind=None):
@@ -30,22 +37,45 @@ def exported(path):
     return [source(c) for c in cells(path, 'code') if re.match(r'#\s*\|\s*export', source(c))]
 
 
-def own_imports(code):
-    "Modules of the package that code imports."
-    return {m.split('.')[1] for node in ast.walk(ast.parse(code)) for m in ([node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else
-            [a.name for a in node.names] if isinstance(node, ast.Import) else []) if m and m.startswith('pixcon.')}
+def imports(code):
+    "Pairs of module and name that code imports from the package."
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('pixcon.'):
+            found += [(node.module.split('.')[1], a.name) for a in node.names]
+        if isinstance(node, ast.ImportFrom) and node.module == 'pixcon':
+            found += [(a.name, a.name) for a in node.names]
+        if isinstance(node, ast.Import):
+            found += [(a.name.split('.')[1], a.name) for a in node.names if a.name.startswith('pixcon.')]
+    return found
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=name)
+def code_of(path):
+    "All code of a notebook that Python can parse."
+    lines = [line for c in cells(path, 'code') for line in source(c).splitlines()]
+    return '\n'.join(line for line in lines if not line.startswith(('%', '!')))
+
+
+def parameters(path):
+    "The cell that papermill fills in."
+    return [c for c in cells(path, 'code') if 'parameters' in c['metadata'].get('tags', [])]
+
+
+def test_map():
+    "The rooms of the house, one idea each; 14 stays free for the explorer."
+    assert [p.stem for p in NUMBERED] == MAP
+
+
+@each(NOTEBOOKS)
 def test_opens_with_title_and_one_line(path):
     "`# title`, blank, `> one line`: it becomes the module's docstring."
     first = cells(path)[0]
     assert first['cell_type'] == 'markdown' and re.match(r'# \S+\n\n> .+', source(first))
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=name)
+@each(NOTEBOOKS)
 def test_is_clean(path):
-    "Runs under papermill (a language), no execution counts, no empty last cell, no error left in the outputs, under 1 MB."
+    "Runs under papermill (a language), no execution counts, no empty last cell, no error in the outputs, under 1 MB."
     assert path.stat().st_size < 1_000_000
     assert json.loads(path.read_text())['metadata']['kernelspec']['language'] == 'python'
     assert source(cells(path)[-1]).strip()
@@ -53,15 +83,30 @@ def test_is_clean(path):
         assert c['execution_count'] is None
         assert not any(o['output_type'] == 'error' for o in c['outputs'])
     assert any(c['outputs'] for c in cells(path, 'code')), 'never executed'
+    ids = [c['id'] for c in cells(path)]
+    assert len(set(ids)) == len(ids)
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=name)
+@each(NOTEBOOKS)
 def test_speaks_of_no_machine(path):
     "No path of the machine that made the outputs, except in a temporary folder."
     assert not re.search(r'/(?:home|root|work|Users|mnt)/', path.read_text())
 
 
-@pytest.mark.parametrize('path', NUMBERED, ids=name)
+@each(NOTEBOOKS)
+def test_links_are_alive(path):
+    "Links to files, relative to nbs/."
+    for c in cells(path, 'markdown'):
+        for link in re.findall(r'\]\((?!\w+:|#)([^)\s]+)\)', source(c)):
+            assert (ROOT/'nbs'/link.split('#')[0]).exists(), link
+
+
+def test_links_of_the_readme_are_alive():
+    for link in re.findall(r'\]\((?!\w+:|#)([^)\s]+)\)', (ROOT/'README.md').read_text()):
+        assert (ROOT/link.split('#')[0]).exists(), link
+
+
+@each(NUMBERED)
 def test_module_and_notebook_belong_together(path):
     "Notebook NN_name exports pixcon/name.py, and its exported cells are short."
     module = path.stem.split('_', 1)[1]
@@ -76,44 +121,62 @@ def test_every_module_has_a_notebook():
     assert modules == {p.stem.split('_', 1)[1] for p in NUMBERED}
 
 
-@pytest.mark.parametrize('path', NUMBERED, ids=name)
+@each(NUMBERED)
 def test_imports_point_down(path):
     "An exported import names only notebooks of a lower number; matching, reweight and loss import nothing of ours."
     number = {p.stem.split('_', 1)[1]: p.stem.split('_')[0] for p in NUMBERED}
     module = path.stem.split('_', 1)[1]
-    found = own_imports('\n'.join(exported(path)))
+    found = {m for m, _ in imports('\n'.join(exported(path)))}
     assert all(number[m] < number[module] for m in found), found
     if module in ('matching', 'reweight', 'loss'): assert not found
 
 
-@pytest.mark.parametrize('path', PAPERMILL, ids=name)
+@each(NOTEBOOKS)
+def test_no_private_name_crosses_a_wall(path):
+    "A name that begins with an underscore stays in its module."
+    own = path.stem.split('_', 1)[1] if path in NUMBERED else ''
+    assert not [name for module, name in imports(code_of(path)) if name.startswith('_') and module != own]
+
+
+@each(PAPERMILL)
 def test_papermill_parameters(path):
     "Exactly one tagged cell; every line is `name:type = value # why`."
-    tagged = [c for c in cells(path, 'code') if 'parameters' in c['metadata'].get('tags', [])]
-    assert len(tagged) == 1
-    for line in source(tagged[0]).splitlines(): assert re.match(r"\w+:\w+ = .+?\s+# \S", line), line
+    tagged, = parameters(path)
+    for line in source(tagged).splitlines(): assert re.match(r'\w+:\w+ = .+?\s+# \S', line), line
+
+
+@each(PAPERMILL)
+def test_papermill_notebook_reads_as_a_report(path):
+    "No cell over 12 lines besides the parameters and the imports; the names given are found by one function."
+    for c in cells(path, 'code'):
+        lines = [line for line in source(c).splitlines() if line.strip()]
+        if c in parameters(path) or lines[0].startswith(('import ', 'from ')): continue
+        assert len(lines) <= 12, f'{len(lines)} lines: {lines[0]}'
+    assert 'given_parameters(before, globals())' in code_of(path)
 
 
 def test_train_offers_every_parameter():
-    "The parameters cell has Config's names and types, and how many processes to start."
-    tagged, = (c for c in cells(ROOT/'nbs'/'train.ipynb', 'code') if 'parameters' in c['metadata'].get('tags', []))
-    assert dict(re.findall(r'^(\w+):(\w+) =', source(tagged), re.M)) == {f.name: f.type.__name__ for f in fields(Config)} | dict(processes='int')
+    "The parameters cell has the names, types and sentences of PretrainConfig, and how many processes to start."
+    tagged, = parameters(ROOT/'nbs'/'train.ipynb')
+    rows = re.findall(r'^(\w+):(\w+) = \S+\s+# (.*)$', source(tagged), re.M)
+    wanted = [(f.name, f.type.__name__, f.metadata['why']) for f in fields(PretrainConfig)]
+    assert rows[:-1] == wanted and rows[-1][:2] == ('processes', 'int')
 
 
 def test_readme_names_real_parameters():
     "Every -p of the README is a parameter, every notebook it names exists, and the two commands stand in it."
     readme = (ROOT/'README.md').read_text()
     for notebook, rest in re.findall(r'papermill (nbs/\w+\.ipynb)(.*)', readme):
-        code = '\n'.join(source(c) for c in cells(ROOT/notebook, 'code') if 'parameters' in c['metadata'].get('tags', []))
+        code = '\n'.join(source(c) for c in parameters(ROOT/notebook))
         for p in re.findall(r'-p (\w+)', rest): assert re.search(rf'^{p}:', code, re.M), p
-    for command in ('pip install -e . && papermill nbs/train.ipynb out.ipynb', "pip install -e '.[dev]' && nbdev_test && pytest"):
+    for command in ('pip install -e . && papermill nbs/train.ipynb out.ipynb',
+                    "pip install -e '.[dev]' && nbdev_test && pytest"):
         assert command in readme.splitlines()
 
 
 def test_readme_is_the_index(tmp_path):
-    "README.md and its pictures are what nbconvert makes of nbs/index.ipynb."
-    subprocess.run([sys.executable, '-m', 'nbconvert', '--to', 'markdown', '--output', 'README', '--output-dir', tmp_path,
-                    '--NbConvertApp.output_files_dir=nbs/images', ROOT/'nbs'/'index.ipynb'], check=True, capture_output=True, timeout=120)
+    "README.md and its pictures are what .ci/readme makes of nbs/index.ipynb."
+    subprocess.run([sys.executable, ROOT/'.ci'/'readme', tmp_path], check=True, capture_output=True, timeout=120)
     assert (tmp_path/'README.md').read_text() == (ROOT/'README.md').read_text()
     made = {p.name: p.read_bytes() for p in (tmp_path/'nbs'/'images').glob('*')}
     assert made == {p.name: p.read_bytes() for p in (ROOT/'nbs'/'images').glob('*')}
@@ -123,4 +186,5 @@ def test_settings_keep_the_parameters_tag():
     "Without this line nbdev_clean drops the tag, and papermill silently runs with the defaults."
     settings = configparser.ConfigParser(delimiters=['='])
     settings.read(ROOT/'settings.ini')
-    assert settings['DEFAULT']['allowed_cell_metadata_keys'] == 'tags' and settings['DEFAULT']['clear_all'] == 'False'
+    assert settings['DEFAULT']['allowed_cell_metadata_keys'] == 'tags'
+    assert settings['DEFAULT']['clear_all'] == 'False'

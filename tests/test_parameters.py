@@ -1,7 +1,13 @@
 """What a person sees who mistypes a parameter."""
+import subprocess
+import sys
 import pytest
 import torch
-from pixcon.training import Batches, Run, configure, launch, main, precision
+from pixcon import distributed
+from pixcon.config import PretrainConfig
+from pixcon.distributed import launch, main
+from pixcon.run import precision
+from pixcon.training import Batches, Pretraining, configure, pretrain
 
 TINY = dict(data='scenes', scenes=20, batch=4, epochs=1, size=32, hidden=16, dim=8, queue=12)
 
@@ -46,7 +52,8 @@ TABLE = [
 @pytest.mark.parametrize('wrong,message', TABLE, ids=[f'{n}={v}' for wrong, _ in TABLE for n, v in wrong.items()])
 def test_message(tmp_path, wrong, message):
     "The value, and what is allowed; nothing is written."
-    with pytest.raises((ValueError, TypeError, FileNotFoundError)) as e: configure(**{**TINY, 'out': tmp_path/'run', **wrong})
+    with pytest.raises((ValueError, TypeError, FileNotFoundError)) as e:
+        configure(**{**TINY, 'out': tmp_path/'run', **wrong})
     assert message in str(e.value)
     assert not (tmp_path/'run').exists()
 
@@ -54,11 +61,12 @@ def test_message(tmp_path, wrong, message):
 @pytest.mark.parametrize('wrong,message', [
     (dict(backbone='resnet19'), 'resnet19'),
     (dict(stride=3), 'stride'),
-    (dict(size=8), 'a map of one cell; take a larger size or a smaller stride'),
+    (dict(size=8), 'a map of one cell, take a larger size or a smaller stride'),
 ])
 def test_message_of_the_network(tmp_path, wrong, message):
     "Found when the network is made, before anything is written."
-    with pytest.raises(ValueError, match=message): Run(*configure(**{**TINY, **wrong}, out=tmp_path/'run'))
+    with pytest.raises(ValueError, match=message):
+        Pretraining(*configure(**{**TINY, **wrong}, out=tmp_path/'run'))
     assert not (tmp_path/'run').exists()
 
 
@@ -69,22 +77,50 @@ def test_out_that_is_a_file(tmp_path):
 
 
 def test_parts_must_be_equal():
-    with pytest.raises(ValueError, match=r"batch 10 can't be cut into 4 equal parts \(processes 2, accumulate 2\)"): Batches(20, 10, 1, parts=2, world=2)
+    message = r"batch 10 can't be cut into 4 equal parts \(processes 2, accumulate 2\)"
+    with pytest.raises(ValueError, match=message): Batches(20, 10, 1, parts=2, world=2)
 
 
 def test_half_precision(monkeypatch):
     "fp16 without a GPU, bf16 on a GPU that lacks it."
     with pytest.raises(ValueError, match="amp 'fp16' needs a GPU"): precision('fp16', 'cpu')
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: False)
-    with pytest.raises(ValueError, match="amp 'bf16' is not supported by this GPU; use 'auto', 'fp16' or 'off'"): precision('bf16', 'cuda')
+    message = "amp 'bf16' is not supported by this GPU, use 'auto', 'fp16' or 'off'"
+    with pytest.raises(ValueError, match=message): precision('bf16', 'cuda')
 
 
 def test_more_processes_than_gpus(monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True); monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    with pytest.raises(ValueError, match='processes must be at most the number of GPUs, 2, got 3'): launch(TINY, 3)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    message = 'processes must be at most the number of GPUs, 2, got 3'
+    with pytest.raises(ValueError, match=message): launch('pixcon.training', TINY, 3)
+
+
+@pytest.mark.parametrize('processes', [0, -1, 2.5, 'two', True])
+def test_number_of_processes(processes):
+    message = f'processes must be a whole number of at least 1, got {processes!r}'
+    with pytest.raises(ValueError, match=message): distributed.check_processes(processes)
 
 
 def test_command_line(tmp_path):
     "The same messages, one line, no traceback; an unknown flag is refused."
-    with pytest.raises(SystemExit, match='pixcon.training: epochs must be at least 1, got 0'): main(['--data=scenes', '--epochs=0', f'--out={tmp_path}/run'])
-    with pytest.raises(SystemExit, match='2'): main(['--epochz=3'])
+    def call(*words): main('pixcon.training', PretrainConfig, pretrain, words)
+    with pytest.raises(SystemExit, match='pixcon.training: epochs must be at least 1, got 0'):
+        call('--data=scenes', '--epochs=0', f'--out={tmp_path}/run')
+    with pytest.raises(SystemExit, match='2'): call('--epochz=3')
+
+
+def test_help_describes_each_parameter():
+    "python -m pixcon.training --help has the sentence of each field."
+    said = subprocess.run([sys.executable, '-m', 'pixcon.training', '--help'], capture_output=True, text=True,
+                          timeout=120, check=True).stdout
+    said = ' '.join(said.split())
+    for name, f in PretrainConfig.__dataclass_fields__.items():
+        assert f'--{name} ' in said and ' '.join(f.metadata['why'].split()) in said, name
+
+
+def test_queue_is_a_quarter_of_the_data():
+    "The largest power of two that is at most a quarter of the images, at least a batch; what is given stays."
+    def queue(scenes, batch, **given): return configure(data='scenes', scenes=scenes, batch=batch, **given)[0].queue
+    assert [queue(256, 64), queue(1000, 64), queue(40, 16), queue(300, 64, queue=300)] == [64, 128, 16, 300]
+    assert configure()[0].queue == 64

@@ -1,0 +1,15 @@
+"""One thread, no data of the machine's owner, and a warning of our own code is an error."""
+import os
+
+os.environ['OMP_NUM_THREADS'] = '1'                                # before torch: equal bits need equal threads
+for name in ('IN_TEST', 'PIXCON_DATA'): os.environ.pop(name, None)
+
+OURS = ['error:::pixcon', 'error:::tests', r'error:::test_\w+']
+OF_OTHERS = [
+    # torchvision says so at each call of a decoder or encoder; 01_data prefers torchcodec where it is there
+    'ignore:The image decoding and encoding capabilities of TorchVision are deprecated',
+]
+
+
+def pytest_configure(config):
+    for line in [*OURS, *OF_OTHERS]: config.addinivalue_line('filterwarnings', line)
