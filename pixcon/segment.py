@@ -38,7 +38,7 @@ from .distributed import (device, gather_objects, gather_tensor, main, rank, sha
                                 sum_over_processes, world)
 from .encoder import feature_shape, make_backbone
 from .labelled import open_labelled, which_labelled
-from .model import over_processes
+from .model import mean_over_processes
 from .probe import scores
 from .run import (Run, autocast, fingerprint, keep_memory, loader_workers,
                         make_optimizer, precision, read_file, read_run, step_if_finite,
@@ -419,7 +419,7 @@ def fine_tune(model, # Segmenter, on the device to train on
         run.advance(good, names)
         if run.reports():
             lr = optimizer.param_groups[0]['lr']
-            run.report(dict(loss=over_processes(loss).item(), lr=lr))
+            run.report(dict(loss=mean_over_processes(loss).item(), lr=lr))
     share_statistics(model)
     run.finish()
     return run.log()
