@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SEGMENT_RECIPES', 'paint', 'class_legend', 'SegmentConfig', 'segment_config', 'configure_segment',
-           'make_augmentation', 'step_seed', 'Augmented', 'segmentation_backbone', 'Segmenter', 'load_backbone',
-           'make_segmenter', 'poly', 'segmentation_loss', 'labelled_pixels', 'SharedDropout', 'share_dropout',
-           'normalised', 'train_step', 'image_name', 'batches', 'parameter_groups', 'run_identity', 'share_statistics',
-           'fine_tune', 'predict', 'evaluate', 'segment_runs', 'write_result', 'run_and_score', 'segment',
-           'trained_segmenter']
+           'make_augmentation', 'step_seed', 'one_thread', 'Augmented', 'segmentation_backbone', 'Segmenter',
+           'load_backbone', 'make_segmenter', 'poly', 'segmentation_loss', 'labelled_pixels', 'SharedDropout',
+           'share_dropout', 'normalised', 'train_step', 'image_name', 'batches', 'parameter_groups', 'run_identity',
+           'share_statistics', 'fine_tune', 'predict', 'evaluate', 'segment_runs', 'write_result', 'run_and_score',
+           'segment', 'trained_segmenter']
 
 # %% ../nbs/17_segment.ipynb #17-02
 import json
@@ -16,6 +16,7 @@ import math
 import time
 import warnings
 from collections import OrderedDict
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -65,8 +66,8 @@ def class_legend(names): # of the classes, at most twenty are shown
 class SegmentConfig(RunConfig):
     "Everything that a fine-tuning for segmentation depends on."
     data: str = param('scenes', "labelled images: 'scenes' or a folder, or kind:folder")
-    checkpoint: str = param('', "run folder of train.ipynb; '' for random weights")
-    out: str = param('', "run folder; '' for runs/segment-DATA-CHECKPOINT-seedN")
+    checkpoint: str = param('', "run folder of train.ipynb, '' for random weights")
+    out: str = param('', "run folder, '' for runs/segment-DATA-CHECKPOINT-seedN")
     recipe: str = param('auto', "its name, 'auto' for the one of the data",
                         ('auto', 'voc12aug', 'cityscapes', 'ade20k', 'small'))
     compare: bool = param(False, 'the same again from random weights, in out/random')
@@ -103,7 +104,8 @@ SEGMENT_RECIPES = dict(
     ade20k=dict(iterations=80_000),
     small=dict(backbone='shufflenet_v2_x1_0', stride=8, rate=2, iterations=150, short=96,
                scale_low=.75, scale_high=1.5, crop_height=96, crop_width=96, optimizer='adamw',
-               lr=4e-3, weight_decay=1e-2, min_lr=0., labelled=20, test=100, compare=True, amp='off'))
+               lr=4e-3, weight_decay=1e-2, min_lr=0., labelled=20, test=100, compare=True,
+               amp='off'))
 _rates = dict(sgd=dict(lr=.01, weight_decay=5e-4, min_lr=1e-4),
               adamw=dict(lr=4e-3, weight_decay=1e-2, min_lr=0.))
 _recipe_of = dict(scenes='small', cityscapes='cityscapes', ade20k='ade20k',
@@ -188,6 +190,15 @@ def step_seed(seed, p):
     "Seed of the random draws of item or step p of a run."
     return seed*1_000_003 + p
 
+@contextmanager
+def one_thread():
+    "PyTorch computes in one thread inside."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(before)
+
+# %% ../nbs/17_segment.ipynb #17-22
 class Augmented:
     """Labelled images as a training run sees them.
 
@@ -206,15 +217,16 @@ class Augmented:
             self.order = rng.permutation(len(self.data))
         return int(self.order[place])
     def __getitem__(self, p):
-        image, label = self.data[self.index(p)]
         state = torch.get_rng_state()
-        torch.default_generator.manual_seed(step_seed(self.seed, p))
-        image, label = self.augment(tv_tensors.Image(image), tv_tensors.Mask(label))
+        with one_thread():
+            image, label = self.data[self.index(p)]
+            torch.default_generator.manual_seed(step_seed(self.seed, p))
+            image, label = self.augment(tv_tensors.Image(image), tv_tensors.Mask(label))
         torch.set_rng_state(state)
         image, label = (x.as_subclass(torch.Tensor) for x in (image, label))
         return image, label.to(torch.uint8)
 
-# %% ../nbs/17_segment.ipynb #17-24
+# %% ../nbs/17_segment.ipynb #17-25
 def _dilated(name, stride, output_stride, plain):
     "The parts of `plain` with dilation for the last strides; raises where there is no switch."
     if name in torchvision.models.list_models(module=torchvision.models):
@@ -236,7 +248,7 @@ def _stride_of(backbone):
     "Pixels per cell of a backbone's map."
     return 256//feature_shape(backbone, 256)[1]
 
-# %% ../nbs/17_segment.ipynb #17-25
+# %% ../nbs/17_segment.ipynb #17-26
 def segmentation_backbone(name, # of a torchvision or timm model
                           stride=0, # at which pre-training cut it, 0 for the network's own last map
                           output_stride=8): # pixels per cell wanted
@@ -253,7 +265,7 @@ def segmentation_backbone(name, # of a torchvision or timm model
                   f'its map keeps one cell for {own} pixels')
     return make_backbone(name, stride or None)
 
-# %% ../nbs/17_segment.ipynb #17-28
+# %% ../nbs/17_segment.ipynb #17-29
 class Segmenter(nn.Module):
     "A backbone with a segmentation head: (N,3,H,W) -> scores (N,classes,H,W)."
     def __init__(self, backbone, # nn.Module giving (N,C,h,w)
@@ -269,7 +281,7 @@ class Segmenter(nn.Module):
     def forward(self, x): # (N,3,H,W), normalised
         return F.interpolate(self.head(self.backbone(x)), size=x.shape[2:], mode='bilinear')
 
-# %% ../nbs/17_segment.ipynb #17-31
+# %% ../nbs/17_segment.ipynb #17-32
 def load_backbone(run, # run folder
                   output_stride=8, encoder='online'): # pixels per cell wanted, 'online' or 'target'
     "A pre-trained backbone, dilated as by `segmentation_backbone`, and its run's parameters: (module, dict)."
@@ -285,12 +297,12 @@ def make_segmenter(config, classes): # SegmentConfig, how many classes
     torch.manual_seed(config.seed)
     return Segmenter(backbone, classes, config.head, config.rate)
 
-# %% ../nbs/17_segment.ipynb #17-34
+# %% ../nbs/17_segment.ipynb #17-35
 def poly(step, total, lr, min_lr=1e-4, power=.9): # steps made, steps of the run, first and last rate
     "Learning rate at a step."
     return min_lr + (lr - min_lr)*(1 - step/total)**power
 
-# %% ../nbs/17_segment.ipynb #17-37
+# %% ../nbs/17_segment.ipynb #17-38
 def _check_labels(label, classes, where): # long, how many, who has them
     "Raises ValueError for labels that are no class; 255 is ignored."
     wrong = label[(label != 255) & (label >= classes)]
@@ -306,12 +318,12 @@ def segmentation_loss(scores, label, # (N,classes,H,W), (N,H,W) with 255 ignored
     if count is None: count = (label != 255).sum().clamp(min=1)
     return F.cross_entropy(scores, label, ignore_index=255, reduction='sum')/count
 
-# %% ../nbs/17_segment.ipynb #17-42
+# %% ../nbs/17_segment.ipynb #17-43
 def labelled_pixels(label): # (n,H,W), this process's part of a batch
     "How many pixels of the whole batch have a label, per process; at least one in all."
     return sum_over_processes((label != 255).sum()).clamp(min=1)/world()
 
-# %% ../nbs/17_segment.ipynb #17-45
+# %% ../nbs/17_segment.ipynb #17-46
 class SharedDropout(nn.Dropout):
     "Dropout whose draws are the same however many processes share a batch."
     def forward(self, x): # (n,...), this process's part
@@ -326,13 +338,13 @@ def share_dropout(model):
         if type(part) is nn.Dropout: model.set_submodule(name, SharedDropout(part.p))
     return model
 
-# %% ../nbs/17_segment.ipynb #17-47
+# %% ../nbs/17_segment.ipynb #17-48
 def normalised(image): # uint8 (N,3,H,W)
     "ImageNet's mean and deviation taken out."
     channels = zip(image.unbind(1), imagenet_mean, imagenet_std)
     return torch.stack([(x/255 - m)/s for x, m, s in channels], 1)  # (N,3,H,W)
 
-# %% ../nbs/17_segment.ipynb #17-49
+# %% ../nbs/17_segment.ipynb #17-50
 def train_step(model, optimizer, scaler, # as `fine_tune` makes them
                image, label, # uint8 (n,3,H,W) and (n,H,W): this process's part of the batch
                step, config): # steps made, SegmentConfig
@@ -347,7 +359,7 @@ def train_step(model, optimizer, scaler, # as `fine_tune` makes them
     scaler.scale(loss).backward()
     return loss.detach(), step_if_finite(optimizer, scaler)
 
-# %% ../nbs/17_segment.ipynb #17-51
+# %% ../nbs/17_segment.ipynb #17-52
 def image_name(data, i): # labelled images, perhaps a Subset
     "What image i is called."
     if isinstance(data, Subset): return image_name(data.dataset, data.indices[i])
@@ -373,7 +385,7 @@ def batches(data, # labelled images
     for part, (image, label) in zip(parts, loader):
         yield image, label, [image_name(data, items.index(p)) for p in part]
 
-# %% ../nbs/17_segment.ipynb #17-54
+# %% ../nbs/17_segment.ipynb #17-55
 _may_differ = {'data', 'checkpoint', 'compare', 'test', 'window', 'val_split'}
 
 def parameter_groups(model, config): # Segmenter, SegmentConfig
@@ -391,14 +403,14 @@ def run_identity(data, config): # labelled images, SegmentConfig
         weights = f'{step} steps {digest[:12]}'
     return dict(images=fingerprint(names), weights=weights)
 
-# %% ../nbs/17_segment.ipynb #17-55
+# %% ../nbs/17_segment.ipynb #17-56
 def share_statistics(model):
     "Gives all processes the first one's batch statistics."
     for b in model.buffers(): b.copy_(gather_tensor(b)[0])
 
 def _device_of(model): return next(model.parameters()).device
 
-# %% ../nbs/17_segment.ipynb #17-56
+# %% ../nbs/17_segment.ipynb #17-57
 def fine_tune(model, # Segmenter, on the device to train on
               data, config): # labelled images, SegmentConfig
     "Trains the whole model in the run folder, from where it left off; returns the log."
@@ -424,7 +436,7 @@ def fine_tune(model, # Segmenter, on the device to train on
     run.finish()
     return run.log()
 
-# %% ../nbs/17_segment.ipynb #17-61
+# %% ../nbs/17_segment.ipynb #17-62
 def _window_starts(length, window):
     "Where windows begin that cover a length, at most two thirds of a window apart."
     if length <= window: return [0]
@@ -444,7 +456,7 @@ def _windowed_scores(model, x, height, width): # (1,3,H,W), size of a window
             count[here] += 1
     return total/count                                             # (1,classes,H,W)
 
-# %% ../nbs/17_segment.ipynb #17-62
+# %% ../nbs/17_segment.ipynb #17-63
 @torch.no_grad()
 def predict(model, image, # Segmenter in eval mode, uint8 (3,H,W)
             config): # SegmentConfig
@@ -456,7 +468,7 @@ def predict(model, image, # Segmenter in eval mode, uint8 (3,H,W)
     scores = F.interpolate(scores, size=image.shape[1:], mode='bilinear')
     return scores.argmax(1)[0].to(torch.uint8).cpu()
 
-# %% ../nbs/17_segment.ipynb #17-65
+# %% ../nbs/17_segment.ipynb #17-66
 def evaluate(model, # Segmenter, the same in all processes
              data, config, classes, # labelled images, SegmentConfig, how many classes
              keep=0): # how many predictions to return
@@ -482,7 +494,7 @@ def evaluate(model, # Segmenter, the same in all processes
     kept = {i: p for part in gather_objects(kept) for i, p in part.items()}
     return scores(confusion) | dict(prediction=[kept[i] for i in sorted(kept)])
 
-# %% ../nbs/17_segment.ipynb #17-69
+# %% ../nbs/17_segment.ipynb #17-70
 def segment_runs(config): # SegmentConfig
     "The runs that the parameters ask for, by the name of the weights they begin with."
     if not config.checkpoint: return dict(random=config)
@@ -502,7 +514,7 @@ def write_result(name, config, # of the weights, SegmentConfig
                 recipe=config.recipe, settings=asdict(config))
     (Path(config.out)/'result.json').write_text(json.dumps(line, indent=1))
 
-# %% ../nbs/17_segment.ipynb #17-70
+# %% ../nbs/17_segment.ipynb #17-71
 def run_and_score(name, config, train, val): # of the weights, SegmentConfig, labelled images
     "One run to its end and its score, left in result.json."
     if rank() == 0:
@@ -521,13 +533,13 @@ def segment(**given): # parameters by name
     config, train, val = configure_segment(**given)
     for name, one in segment_runs(config).items(): run_and_score(name, one, train, val)
 
-# %% ../nbs/17_segment.ipynb #17-71
+# %% ../nbs/17_segment.ipynb #17-72
 def trained_segmenter(config, classes): # SegmentConfig of a run that ended, how many classes
     "The network of a run folder, on the CPU in eval mode."
     model = make_segmenter(config, classes)
     model.load_state_dict(read_file(Path(config.out)/'checkpoint.pt')['model'])
     return model.eval()
 
-# %% ../nbs/17_segment.ipynb #17-75
+# %% ../nbs/17_segment.ipynb #17-76
 if __name__ == '__main__' and '__file__' in globals():
     main('pixcon.segment', SegmentConfig, segment)
