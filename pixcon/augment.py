@@ -87,7 +87,7 @@ def _readable(images, i, seed): # seed: a tuple of numbers
 
 # %% ../nbs/03_augment.ipynb #03-19
 class TwoViews:
-    "Two overlapping views of each image with boxes, flips and random draws; `views[epoch, i]` is a function of (seed, epoch, i)."
+    "Two overlapping views of each image; `views[epoch, i]` is a function of (seed, epoch, i)."
     def __init__(self, images, # anything with a length and uint8 (3,H,W) items
                  size=224, # side of a view in pixels, or (height, width)
                  seed=0, scale=(.08, 1.), ratio=(3/4, 4/3), min_overlap=.01): # as for `two_boxes`
@@ -118,7 +118,7 @@ class TwoViews:
 def box_rates(sizes, # (n,2) heights and widths in pixels
               draws=1000, # how many pairs of boxes are drawn
               seed=0, scale=(.08, 1.), ratio=(3/4, 4/3), min_overlap=.01): # as for `two_boxes`
-    "Fraction of pairs that would need the centred box, and fraction that would need the second box slid."
+    "Fraction of pairs that need the centred box, and fraction that need the second box slid."
     rng = np.random.default_rng(seed)
     centred = slid = 0
     for h, w in np.asarray(sizes)[rng.integers(0, len(sizes), draws)].tolist():
@@ -156,7 +156,7 @@ def colour_matrices(draw, # (n,13) random draws in [0,1]
                     jitter=.8, # probability of the four jitters
                     strength=(.4, .4, .2, .1), # largest change of brightness, contrast, saturation, and hue (in turns)
                     grey=.2): # probability of greyscale
-    "The colour change of each image as x' = A x + T mean(x): A (n,3,3), T (n,3,3), jitters in each image's own order."
+    "The colour change x' = A x + T mean(x) of each image: A (n,3,3), T (n,3,3), jitters in its own order."
     amount = (2*draw[:, 1:5] - 1)*torch.tensor(strength)           # (n,4)
     pixel, mean = _jitter_matrices(*(1 + amount[:, :3]).T, amount[:, 3])
     A = unit = torch.eye(3).expand(len(draw), 3, 3)

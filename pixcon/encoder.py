@@ -100,7 +100,7 @@ def _from_timm(name, stride):
 # %% ../nbs/04_encoder.ipynb #04-14
 def make_backbone(backbone, # name of a torchvision or timm model, or any nn.Module that gives (N,C,h,w)
                   stride=None): # pixels per cell, None for the network's own last map
-    "Backbone from an image (N,3,H,W) to its feature map (N,C,h,w); raises ValueError for a name or stride that can't be had."
+    "Backbone from an image (N,3,H,W) to its feature map (N,C,h,w); ValueError for what can't be had."
     if isinstance(backbone, nn.Module): return backbone
     known = torchvision.models.list_models(module=torchvision.models)
     make = _from_torchvision if backbone in known else _from_timm
@@ -164,7 +164,7 @@ class Encoder(nn.Module):
         self.dense_head = dense_head(channels, hidden, dim)
 
     def forward(self, x): # (N,3,H,W)
-        "Feature map (N,C,h,w), dense embedding (N,dim,h,w) and image embedding (N,dim), none of them normalised."
+        "Feature map (N,C,h,w), dense embedding (N,dim,h,w), image embedding (N,dim), none normalised."
         f = self.backbone(x)
         return f, self.dense_head(f), self.global_head(f)
 
@@ -176,5 +176,5 @@ def make_target(online): # nn.Module
 # %% ../nbs/04_encoder.ipynb #04-39
 @torch.no_grad()
 def update_target(online, target, momentum): # momentum: weight of the target encoder's old parameters
-    "Moves every parameter of the target encoder towards the online one, all in one call; buffers stay its own (PixCon 2025, section 5.1)."
+    "Moves the target encoder's parameters towards the online ones; buffers stay its own (PixCon 2025, 5.1)."
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1-momentum)

@@ -80,7 +80,7 @@ def _kernel(device, dtype, dim):
         if _agrees(found, exact, close):
             return kernel
 
-# %% ../nbs/07_loss.ipynb #07-22
+# %% ../nbs/07_loss.ipynb #07-23
 class _NegativeLSE(torch.autograd.Function):
     "log sum_n exp(q.n/tau) over the queue, with gradient to q; keeps M x D numbers."
     @staticmethod
@@ -103,7 +103,7 @@ class _NegativeLSE(torch.autograd.Function):
         mean, = ctx.saved_tensors
         return grad[:, None]*mean/ctx.tau, None, None              # (M,D)
 
-# %% ../nbs/07_loss.ipynb #07-23
+# %% ../nbs/07_loss.ipynb #07-24
 def info_nce(q, # (M,D) queries, unit length
              pos, # (M,D) the positive of each query, unit length
              queue, # (K,D) negatives, unit length (none: a loss of 0)
@@ -120,7 +120,7 @@ def info_nce(q, # (M,D) queries, unit length
     positive = (q.float()*pos.float()).sum(1)/tau                  # (M,)
     return F.softplus(lse - positive)                              # (M,)
 
-# %% ../nbs/07_loss.ipynb #07-32
+# %% ../nbs/07_loss.ipynb #07-33
 class Queue(nn.Module):
     "A ring of the latest keys."
     def __init__(self, length, # K, how many keys it holds
@@ -159,7 +159,7 @@ class Queue(nn.Module):
         self.pointer.fill_(seen % length)
         self.filled.fill_(min(self.filled.item() + len(keys), length))
 
-# %% ../nbs/07_loss.ipynb #07-39
+# %% ../nbs/07_loss.ipynb #07-40
 @lru_cache(maxsize=1024)
 def uninformed_loss(n, # number of negatives
                     dim, # D, size of an embedding, at least 2
@@ -173,15 +173,16 @@ def uninformed_loss(n, # number of negatives
     p = ((dim - 2)*theta.cos().log()).softmax(0)                   # (500,) of each angle
     logit = theta.sin()/tau                                        # (500,)
     many = (p.log() + logit).logsumexp(0).item()                   # log E[exp(c/tau)]
-    step, widest = .25, 1/tau - many                               # the largest term, its log
-    log_t = torch.arange(-widest - 16, 1/tau + many + 4, step, dtype=torch.double)
-    terms = (log_t[:, None] + logit - many - math.log(n+1)).exp()  # (T,500) t times a term of the mean
+    largest, smallest = 1/tau - many, -1/tau - many                # a term's log, its mean being 1
+    step = .25
+    log_t = torch.arange(-largest - 16, 4 - smallest, step, dtype=torch.double)  # (T,)
+    terms = (log_t[:, None] + logit - many - math.log(n+1)).exp()  # (T,500) t times a term
     one = torch.expm1(-terms) @ p                                  # (T,) E[exp(-term)] - 1
     all_terms = ((n+1)*one.clamp(min=-1).log1p()).exp()            # (T,) E[exp(-t S)]
     few = step*((-log_t.exp()).exp() - all_terms).sum().item()     # E[log S], at most 0
     return math.log(n+1) + many + few
 
-# %% ../nbs/07_loss.ipynb #07-45
+# %% ../nbs/07_loss.ipynb #07-46
 def own_key_fraction(queue, # K, keys in the queue
                      images): # N, images of an epoch
     "Fraction of queries with an older key of their own image in the queue (from the second epoch on)."
@@ -192,7 +193,7 @@ def own_key_fraction(queue, # K, keys in the queue
         return epochs**2/2
     return 1 - (2 - epochs)**2/2
 
-# %% ../nbs/07_loss.ipynb #07-51
+# %% ../nbs/07_loss.ipynb #07-52
 def default_queue(images, # N, images of an epoch
                   batch, # images per step, over all processes
                   most=65536): # the paper's length

@@ -70,8 +70,9 @@ def machine_rates(training, # Pretraining
     view = torch.zeros(n, 2, 3, c.size, c.size, dtype=torch.uint8, device=device)
     keys = normalize(torch.randn(len(model.dense_queue.keys), c.dim, device=device), dim=1)
     q = normalize(torch.randn(256, c.dim, device=device), dim=1)
+    ready = training.photometric(view, draw)                       # (n,2,3,H,W)
     def network():
-        for v in training.photometric(view, draw).unbind(1):       # (n,3,H,W)
+        for v in ready.unbind(1):
             with autocast(device, training.dtype): _, dense, image = model.online(v)
             (dense.float().mean() + image.float().mean()).backward()
             with torch.no_grad(), autocast(device, training.dtype): model.target(v)
@@ -79,9 +80,8 @@ def machine_rates(training, # Pretraining
     loss = _seconds(lambda: info_nce(q, q, keys, c.tau), device)
     update = _seconds(lambda: update_target(model.online, model.target, 1.), device)
     parameters = sum(p.numel() for p in model.online.parameters())
-    return dict(network=n*work/max(_seconds(network, device) - augment, 1e-9),
-                augment=view.numel()/augment, loss=4*q.numel()*len(keys)/loss,
-                update=parameters/(3*update),
+    return dict(network=n*work/_seconds(network, device), augment=view.numel()/augment,
+                loss=4*q.numel()*len(keys)/loss, update=parameters/(3*update),
                 read=_read_rate(training.images, c.size, training.fits()))
 
 # %% ../nbs/13_plan.ipynb #13-10

@@ -44,7 +44,7 @@ def imports(code):
         if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('pixcon.'):
             found += [(node.module.split('.')[1], a.name) for a in node.names]
         if isinstance(node, ast.ImportFrom) and node.module == 'pixcon':
-            found += [(a.name, a.name) for a in node.names]
+            found += [(a.name, a.name) for a in node.names if not a.name.startswith('__')]
         if isinstance(node, ast.Import):
             found += [(a.name.split('.')[1], a.name) for a in node.names if a.name.startswith('pixcon.')]
     return found

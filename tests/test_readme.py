@@ -1,0 +1,78 @@
+"""Every code block of the README does what it says, on data and lengths that fit a test."""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+import pytest
+from PIL import Image
+from pixcon.objects import write_coco
+from pixcon.scenes import Scenes
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT/'README.md').read_text()
+BLOCKS = re.findall(r'^```(\w*)\n(.*?)^```$', README, re.M | re.S)
+COMMANDS = [line for kind, block in BLOCKS if not kind for line in block.strip().splitlines()]
+INSTALLS = [c for c in COMMANDS if c.startswith('pip install')]    # .ci/run and its `times` execute these to the letter
+PYTHON = [block for kind, block in BLOCKS if kind == 'python']
+RUN = 'runs/scenes-sr-60ep-seed0'
+TINY = ['--data', 'scenes', '--scenes', '16', '--batch', '8', '--epochs', '1', '--hidden', '16', '--dim', '8']
+
+
+def call(command, folder, **more):
+    "Runs a line of the README in a folder that has the project's nbs/; one thread, notebooks at the size of a test."
+    environment = os.environ | dict(IN_TEST='1', OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT)) | more
+    done = subprocess.run(['bash', '-c', command], cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, f'{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}'
+    return done.stdout
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    "A folder as after the default run: nbs/, a run, photos, labelled photos."
+    folder = tmp_path_factory.mktemp('readme')
+    (folder/'nbs').symlink_to(ROOT/'nbs')
+    call(f"{sys.executable} -m pixcon.training {' '.join(TINY)} --out {RUN}", folder)
+    (folder/'runs'/'NAME').symlink_to(Path(RUN).name)
+    scenes = Scenes(16, 96)
+    for part in ('path/to/train2017', 'pairs/train/images', 'pairs/val/images'):
+        (folder/part).mkdir(parents=True)
+        for i in range(8): Image.fromarray(scenes[i].permute(1, 2, 0).numpy()).save(folder/part/f'{i}.png')
+    for part in ('pairs/train/labels', 'pairs/val/labels'):
+        (folder/part).mkdir()
+        for i in range(8): Image.fromarray(scenes.with_masks(i)[1].byte().numpy()).save(folder/part/f'{i}.png')
+    write_coco(Scenes(8, 96), folder/'coco')
+    write_coco(Scenes(4, 96, seed=1), folder/'coco', 'val')
+    return folder
+
+
+def at_test_size(command):
+    "The same command with other lengths: two processes, few steps, the small data of `place`."
+    command = command.replace('--nproc-per-node 4', '--standalone --nproc-per-node 2')
+    command = command.replace('torchrun', f'{sys.executable} -m torch.distributed.run')
+    command = re.sub(r'^python ', f'{sys.executable} ', command)
+    if 'pixcon.training' in command:
+        command = command.replace('--epochs 800', '--epochs 1') + ' --recipe small --batch 4 --size 32'
+        command = command.replace('--data DIR', '--data path/to/train2017')
+    if 'pixcon.segment' in command:
+        command = command.replace('--data DIR', '--data pairs') + ' --recipe small --iterations 2 --labelled 4 --test 2'
+    if 'pixcon.detect' in command:
+        command = command.replace('--data DIR', '--data coco') + ' --recipe small --iterations 2 --labelled 4 --test 2'
+    if 'train2017 -p epochs 800' in command:
+        command += ' -p recipe small'
+    return command
+
+
+def test_there_are_blocks():
+    assert len(INSTALLS) == 2 and len(COMMANDS) >= 8 and PYTHON
+
+
+@pytest.mark.parametrize('command', [c for c in COMMANDS if c not in INSTALLS])
+def test_command(place, command): call(at_test_size(command), place)
+
+
+@pytest.mark.parametrize('code', PYTHON)
+def test_python(place, code):
+    (place/'snippet.py').write_text(code)
+    said = call(f'{sys.executable} snippet.py', place)
+    assert 'tensors loaded' in said
