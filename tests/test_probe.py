@@ -296,5 +296,5 @@ def test_notebook_shows_no_invented_results(tmp_path):
     assert full.returncode == 0, full.stderr[-3000:]
     made = sorted(p.name for p in (tmp_path/'made').iterdir())
     assert made == ['results.csv', 'results.md', 'results.png']
-    expected = '| | segment VOCdevkit, mIoU |\n|---|---|\n| PixCon-SR | 41.0 ± 1.4 (n=2) |\n'
+    expected = '|  | segment VOCdevkit, mIoU |\n|---|---|\n| PixCon-SR | 41.0 ± 1.4 (n=2) |\n'
     assert (tmp_path/'made'/'results.md').read_text() == expected
