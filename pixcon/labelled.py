@@ -284,7 +284,7 @@ def which_labelled(data): # as for `open_labelled`
     "Which data set a text names, and its folder: (kind, path), path None for scenes."
     if data in ('', 'scenes'):
         return 'scenes', None
-    kind, _, rest = data.partition(':')
+    kind, _, rest = str(data).partition(':')
     root = Path(rest if kind in _readers else data).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(
