@@ -170,8 +170,8 @@ def test_without_torchvisions_decoders(tmp_path, monkeypatch):
         decoders.cache_clear()
 
 
-# Reads files number `start` to the last, and writes one line for each before and after. A child does it,
-# since a decoder may end the process; it may take 1 GB more than what the imports have mapped.
+# Reads the files of a folder from a number on and says what became of each. A child does it, since
+# a decoder may end the process; it may take 1 GB more than what the imports have mapped.
 READ_ALL = """
 import resource
 import sys
@@ -211,7 +211,8 @@ def read_in_children(folder):
 @pytest.mark.skipif(sys.platform != 'linux', reason='the limit of memory is set as Linux wants it')
 @pytest.mark.parametrize('kind', ('png', 'jpg', 'gif', 'webp', 'tif', 'bmp'))
 def test_flipped_bits_end_no_process(kind, tmp_path):
-    "One bit of 200 files each is turned: an image, or ValueError with the name; 40 of them in the first 64 bytes."
+    """One bit is turned in each of 200 files, for 40 of them in the first 64 bytes:
+    an image, or ValueError with the name."""
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (240, 320, 3), dtype=np.uint8))
     kwargs = dict(exif=exif(6)) if kind in ('jpg', 'webp') else {}
