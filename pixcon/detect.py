@@ -508,7 +508,7 @@ def fine_tune(model, # of `make_detector`, on the device to train on
     dtype = precision(config.amp, own.type)
     scaler = torch.amp.GradScaler(own.type, enabled=dtype == torch.float16)
     run, optimizer = _start(model, data, config, scaler)
-    net = shared(model.train(), own.type if config.norm == 'sync' else 'cpu')  # 'cpu' leaves norms alone
+    net = shared(model.train(), own.type, synchronise=config.norm == 'sync')
     names, draws = image_names(data), Draws(data, config.seed)
     for batch in batches(data, config, range(run.step, run.total)):
         lr = detect_rate(run.step, config)

@@ -71,15 +71,16 @@ def sum_over_processes(x): # tensor without gradient
     return x
 
 # %% ../nbs/11_distributed.ipynb #11-15
-def shared(model, device, **kwargs): # 'cpu' or 'cuda', further arguments of DistributedDataParallel
+def shared(model, device, # 'cpu' or 'cuda'
+           synchronise=True): # batch norm over all processes, on GPUs
     "The model as one of several processes has it, the model itself if there is one."
     if world() == 1: return model
-    if device == 'cuda': torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if synchronise and device == 'cuda': torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     wrap = torch.nn.parallel.DistributedDataParallel
     known = inspect.signature(wrap).parameters
     buffers = next(n for n in ('forward_sync_buffers', 'broadcast_buffers') if n in known)  # torch 2.14 renamed it
     ids = [torch.cuda.current_device()] if device == 'cuda' else None
-    return wrap(model, ids, init_sync=False, **{buffers: False}, **kwargs)
+    return wrap(model, ids, init_sync=False, **{buffers: False})
 
 # %% ../nbs/11_distributed.ipynb #11-17
 def end_with(pid):

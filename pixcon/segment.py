@@ -159,7 +159,8 @@ def configure_segment(**given): # parameters by name, None for those not given
     """Parameters (SegmentConfig), training and validation data of a run.
 
     Raises ValueError, TypeError or FileNotFoundError for what does not fit."""
-    kind, _ = which_labelled(given.get('data') or 'scenes')
+    given = {n: v for n, v in given.items() if v is not None}
+    kind, _ = which_labelled(given.get('data', 'scenes'))
     config = segment_config(kind, **given)
     if config.checkpoint: _take_backbone(config, given)
     config.compare = config.compare and bool(config.checkpoint)

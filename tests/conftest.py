@@ -8,6 +8,8 @@ OURS = ['error:::pixcon', 'error:::tests', r'error:::test_\w+']
 OF_OTHERS = [
     # torchvision says so at each call of a decoder or encoder; 01_data prefers torchcodec where it is there
     'ignore:The image decoding and encoding capabilities of TorchVision are deprecated',
+    # pycocotools hands numpy 2 an array type without the `copy` keyword; nothing of ours is copied there
+    'ignore:__array__ implementation doesn.t accept a copy keyword:DeprecationWarning:pycocotools',
 ]
 
 

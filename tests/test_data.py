@@ -12,7 +12,8 @@ from PIL import Image
 from pixcon import data
 from pixcon.augment import TwoViews
 from pixcon.data import ImageList, decoders, doctor, read_image, refuse_bad, sample_photos, scan
-from pixcon.training import Run, configure
+from pixcon.plan import plan
+from pixcon.training import Pretraining, configure
 
 PHOTO = sample_photos()['chelsea'][:, 40:140, 60:210].contiguous()     # (3,100,150)
 PIL_PHOTO = Image.fromarray(PHOTO.permute(1, 2, 0).numpy())
@@ -169,8 +170,8 @@ def test_without_torchvisions_decoders(tmp_path, monkeypatch):
         decoders.cache_clear()
 
 
-# Reads files number `start` to the last, and writes one line for each before and after. A child does it,
-# since a decoder may end the process; it may take 1 GB more than what the imports have mapped.
+# Reads the files of a folder from a number on and says what became of each. A child does it, since
+# a decoder may end the process; it may take 1 GB more than what the imports have mapped.
 READ_ALL = """
 import resource
 import sys
@@ -210,7 +211,8 @@ def read_in_children(folder):
 @pytest.mark.skipif(sys.platform != 'linux', reason='the limit of memory is set as Linux wants it')
 @pytest.mark.parametrize('kind', ('png', 'jpg', 'gif', 'webp', 'tif', 'bmp'))
 def test_flipped_bits_end_no_process(kind, tmp_path):
-    "One bit of 200 files each is turned: an image, or ValueError with the name; 40 of them in the first 64 bytes."
+    """One bit is turned in each of 200 files, for 40 of them in the first 64 bytes:
+    an image, or ValueError with the name."""
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (240, 320, 3), dtype=np.uint8))
     kwargs = dict(exif=exif(6)) if kind in ('jpg', 'webp') else {}
@@ -328,21 +330,22 @@ def test_few_bad_files_are_replaced_and_listed(tmp_path):
     runs = []
     for n, cache in (('a', 'ram'), ('b', 'off')):
         images = folder(tmp_path/n, 104, cut=1)
-        runs.append(Run(*configure(**TINY, data=images, cache=cache, out=tmp_path/f'run {n}')))
-    assert 'images/s' in runs[0].plan(processes=2)
-    runs[0].start()
-    for batch in runs[0].loader():
-        runs[0].replaced([batch])
-        runs[0].log_line(runs[0].train_step(batch), 0.)
-        if runs[0].step == 2:
-            runs[0].save()
-        if runs[0].step == runs[0].steps_per_epoch:
+        runs.append(Pretraining(*configure(**TINY, data=images, cache=cache, out=tmp_path/f'run {n}')))
+    first = runs[0]
+    assert 'images/s' in plan(first, processes=2)
+    first.begin()
+    for parts in first.steps():
+        first.note_unread(parts)
+        first.run.report(first.log_line(first.train_step(parts)))
+        if first.run.step == 2:
+            first.run.save()
+        if first.run.step == first.steps_per_epoch:
             break
-    runs[0] = Run(*configure(**TINY, data=tmp_path/'a', cache='ram', out=tmp_path/'run a'))
+    runs[0] = Pretraining(*configure(**TINY, data=tmp_path/'a', cache='ram', out=tmp_path/'run a'))
     for run in runs:
         run.fit()
     for run in runs:
-        assert (run.out/'unread.jsonl').read_text().count('cut0.jpg') == 1
+        assert (run.run.out/'unread.jsonl').read_text().count('cut0.jpg') == 1
         assert list(run.unread) == [0]
     a, b = (run.model.state_dict() for run in runs)
     for n in a:
@@ -352,12 +355,12 @@ def test_few_bad_files_are_replaced_and_listed(tmp_path):
 def test_files_that_go_bad_stop_the_run(tmp_path):
     "Cut-off files pass the scan and are found while training; so is a folder that vanishes."
     bad = folder(tmp_path/'a', 40, cut=3)
-    run = Run(*configure(**TINY, data=bad, cache='off', out=tmp_path/'run'))
+    run = Pretraining(*configure(**TINY, data=bad, cache='off', out=tmp_path/'run'))
     wanted = r"images can't be read, more than 1%:\n.*cut\d.jpg"
     with pytest.raises(ValueError, match=wanted):
         run.fit()
     vanishing = folder(tmp_path/'b', 40)
-    run = Run(*configure(**TINY, data=vanishing, cache='off', out=tmp_path/'run b'))
+    run = Pretraining(*configure(**TINY, data=vanishing, cache='off', out=tmp_path/'run b'))
     for p in vanishing.iterdir():
         p.unlink()
     with pytest.raises(ValueError, match="cannot read image"):
