@@ -284,13 +284,14 @@ def which_labelled(data): # as for `open_labelled`
     "Which data set a text names, and its folder: (kind, path), path None for scenes."
     if data in ('', 'scenes'):
         return 'scenes', None
-    kind, _, rest = str(data).partition(':')
-    root = Path(rest if kind in _readers else data).expanduser()
+    kind, colon, rest = str(data).partition(':')
+    named = colon and kind in _readers                             # a folder may be called 'voc', too
+    root = Path(rest if named else data).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(
             f"{str(root)!r} is no folder. Labelled data are 'scenes' or a folder, "
             f"perhaps after one of {', '.join(k + ':' for k in _readers)}")
-    return kind if kind in _readers else _recognise(root), root
+    return kind if named else _recognise(root), root
 
 # %% ../nbs/15_labelled.ipynb #15-51
 def open_labelled(data='scenes', # 'scenes' or a folder, which may follow a name: 'voc:/data/VOCdevkit'
