@@ -9,7 +9,6 @@ __all__ = ['RECIPES', 'param', 'refuse_unknown', 'check', 'RunConfig', 'Pretrain
 # %% ../nbs/09_config.ipynb #09-02
 import argparse
 import difflib
-import json
 import math
 import os
 from dataclasses import asdict, dataclass, field, fields
@@ -172,11 +171,12 @@ def given_parameters(before, now): # copies of globals(): after the imports, and
     return {n: v for n, v in new.items() if not n.startswith('_') and n != 'before'}
 
 # %% ../nbs/09_config.ipynb #09-36
-def _value(word):
-    "A word from the command line as a number, a truth value, or itself."
-    try: value = json.loads(word)
-    except ValueError: return word
-    return value if isinstance(value, (int, float)) else word
+def _value(word, kind):
+    "A word from the command line as the number that its parameter wants, otherwise itself."
+    for number in (int, float):
+        try: return number(word) if kind in (int, float) else word
+        except ValueError: pass
+    return word
 
 def command_line(kind, prog, # dataclass, what to call the program
                  words=None): # None for this process's own
@@ -185,8 +185,9 @@ def command_line(kind, prog, # dataclass, what to call the program
     for f in fields(kind):
         text = f"{f.metadata['why']} (default: {f.default!r})".replace('%', '%%')
         parser.add_argument(f'--{f.name}', metavar=f.type.__name__, help=text)
+    kinds = {f.name: f.type for f in fields(kind)}
     given = vars(parser.parse_args(words))
-    return {n: _value(v) for n, v in given.items() if v is not None}
+    return {n: _value(v, kinds[n]) for n, v in given.items() if v is not None}
 
 # %% ../nbs/09_config.ipynb #09-39
 def default_out(name):

@@ -6,9 +6,8 @@
 __all__ = ['DETECT_RECIPES', 'Draws', 'average_precision', 'stage_maps', 'Pyramid', 'DetectConfig', 'rate_falls',
            'configure_detect', 'learn_and_score', 'ItemTransform', 'ItemSampler', 'make_detector', 'detect_rate',
            'parameter_groups', 'own_items', 'batches', 'to_device', 'sample_counts', 'whole_batch', 'train_step',
-           'mean_losses', 'image_names', 'set_rate', 'first_statistics', 'fine_tune', 'precise_bn', 'predict',
-           'detections', 'evaluate', 'build_detector', 'with_comparison', 'as_result', 'write_result',
-           'train_and_score', 'load_detector']
+           'mean_losses', 'image_names', 'set_rate', 'fine_tune', 'precise_bn', 'predict', 'detections', 'evaluate',
+           'build_detector', 'with_comparison', 'as_result', 'write_result', 'train_and_score', 'load_detector']
 
 # %% ../nbs/19_detect.ipynb #19-02
 import io
@@ -21,7 +20,6 @@ from fractions import Fraction
 from pathlib import Path
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
@@ -41,8 +39,8 @@ from torchvision.transforms import v2
 from .augment import imagenet_mean, imagenet_std
 from .config import (RunConfig, check, check_out, default_out, param, resolve,
                            variant)
-from .distributed import (device, gather_objects, joined, main, rank, shared,
-                                world)
+from .distributed import (device, gather_objects, joined, main, rank, share_buffers,
+                                shared, world)
 from .encoder import make_backbone
 from .model import mean_over_processes
 from .objects import encode_mask, open_objects, which_objects, write_coco
@@ -483,11 +481,6 @@ def set_rate(optimizer, lr):
     "Gives all parameters a learning rate."
     for group in optimizer.param_groups: group['lr'] = lr
 
-def first_statistics(model):
-    "Gives all processes the first one's batch norm statistics, which a checkpoint holds."
-    if world() == 1: return
-    for buffer in model.buffers(): dist.broadcast(buffer, 0)
-
 def _start(model, data, config, scaler):
     "The run in `config.out` and its optimizer, continued if there is a checkpoint."
     groups = parameter_groups(model)
@@ -517,7 +510,7 @@ def fine_tune(model, # of `make_detector`, on the device to train on
         losses, good = train_step(net, optimizer, scaler, to_device(*batch, own), dtype)
         run.advance(good, [names[draws.place(p)] for p in items])
         if run.reports(): run.report(mean_losses(losses) | dict(lr=lr))
-    first_statistics(model)
+    share_buffers(model)
     run.finish()
     return run.log()
 

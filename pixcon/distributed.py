@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['joined', 'rank', 'world', 'device', 'join', 'leave', 'gather_objects', 'gather_tensor', 'sum_over_processes',
-           'shared', 'end_with', 'main', 'check_processes', 'launch']
+           'shared', 'share_buffers', 'end_with', 'main', 'check_processes', 'launch']
 
 # %% ../nbs/11_distributed.ipynb #11-02
 import inspect
@@ -83,6 +83,12 @@ def shared(model, device, # 'cpu' or 'cuda'
     return wrap(model, ids, init_sync=False, **{buffers: False})
 
 # %% ../nbs/11_distributed.ipynb #11-17
+def share_buffers(model):
+    "Gives all processes the first one's buffers, batch norm's running statistics among them."
+    if world() == 1: return
+    for buffer in model.buffers(): dist.broadcast(buffer, 0)
+
+# %% ../nbs/11_distributed.ipynb #11-19
 def end_with(pid):
     "Ends this process when another one is gone."
     def gone():
@@ -93,7 +99,7 @@ def end_with(pid):
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/11_distributed.ipynb #11-19
+# %% ../nbs/11_distributed.ipynb #11-21
 def main(prog, kind, train, # its name, record of its parameters, function of them by name
          words=None): # command line, None for this process's own
     "Runs a training from the command line, under torchrun as one of its processes."
@@ -106,7 +112,7 @@ def main(prog, kind, train, # its name, record of its parameters, function of th
         sys.exit(f'{prog}: {e}')
     leave()
 
-# %% ../nbs/11_distributed.ipynb #11-22
+# %% ../nbs/11_distributed.ipynb #11-24
 def check_processes(processes):
     "Raises ValueError unless it is a whole number that this machine has GPUs for, if it has any."
     if type(processes) is not int or processes < 1:

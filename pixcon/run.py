@@ -17,7 +17,7 @@ import re
 import time
 import warnings
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 import torch
 from fastcore.basics import patch
@@ -25,7 +25,7 @@ from .encoder import make_backbone
 
 # %% ../nbs/10_run.ipynb #10-07
 def write_checkpoint(path, state): # file, dict of tensors and plain values
-    "Writes a checkpoint, all of it or nothing, raises OSError if it can't."
+    "Writes a checkpoint, all of it or nothing; raises OSError where that fails."
     part = path.with_suffix('.part')
     try:
         with open(part, 'wb') as f:
@@ -51,7 +51,7 @@ def load_pth(path, mmap=False):
     return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
 
 def read_file(path, reader=load_pth): # reader: a function of the path
-    "What a file holds, raises FileNotFoundError, or ValueError if it can't be read."
+    "What a file holds; raises FileNotFoundError, or ValueError where it is damaged."
     if not path.is_file(): raise FileNotFoundError(f'there is no file {str(path)!r}')
     try: return reader(path)
     except Exception as e:
@@ -81,19 +81,22 @@ def _cpu_has_bf16():
     return any(t() for t in tests if t)
 
 def _best_precision(device):
-    "The word for what a machine multiplies fastest, or what $PIXCON_AMP says."
-    if os.environ.get('PIXCON_AMP'): return os.environ['PIXCON_AMP']
+    "The word for what a machine multiplies fastest."
     if device != 'cuda': return 'bf16' if _cpu_has_bf16() else 'off'
     return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
 
-def precision(amp, device): # 'auto', 'off', 'bf16' or 'fp16', 'cpu' or 'cuda'
-    "Number format for autocast, None for float32 throughout, raises ValueError where the machine lacks it."
-    if amp == 'auto': amp = _best_precision(device)
+def precision(amp, # 'auto', 'off', 'bf16' or 'fp16', $PIXCON_AMP may say what 'auto' means
+              device): # 'cpu' or 'cuda'
+    "Number format for autocast, None for float32; raises ValueError where the machine lacks it."
+    if amp == 'auto': amp = os.environ.get('PIXCON_AMP') or _best_precision(device)
+    formats = dict(off=None, bf16=torch.bfloat16, fp16=torch.float16)
+    if amp not in formats:
+        raise ValueError(f"amp must be 'auto', 'off', 'bf16' or 'fp16', got {amp!r}")
     if amp == 'bf16' and device == 'cuda' and _best_precision(device) != 'bf16':
         raise ValueError("amp 'bf16' is not supported by this GPU, use 'auto', 'fp16' or 'off'")
     if amp == 'fp16' and device != 'cuda':
         raise ValueError("amp 'fp16' needs a GPU, on a CPU use 'auto', 'bf16' or 'off'")
-    return dict(off=None, bf16=torch.bfloat16, fp16=torch.float16)[amp]
+    return formats[amp]
 
 def autocast(device, dtype): # dtype: what `precision` returned
     "The context in which a forward pass uses that number format."
@@ -116,7 +119,8 @@ def keep_memory(on=True):
     mallopt(-1, -1 if on else 131072)                              # M_TRIM_THRESHOLD
 
 # %% ../nbs/10_run.ipynb #10-20
-def make_optimizer(name, groups, lr, weight_decay): # 'sgd' or 'adamw', parameters, or dicts of them
+def make_optimizer(name, # 'sgd' or 'adamw'
+                   groups, lr, weight_decay): # parameters or dicts of them, what is not in the dicts
     "Fused SGD with momentum 0.9, or fused AdamW."
     if name == 'adamw': return torch.optim.AdamW(groups, lr, weight_decay=weight_decay, fused=True)
     optimizer = torch.optim.SGD(groups, lr, momentum=.9, weight_decay=weight_decay, fused=True)
@@ -125,7 +129,7 @@ def make_optimizer(name, groups, lr, weight_decay): # 'sgd' or 'adamw', paramete
     return optimizer
 
 def step_if_finite(optimizer, scaler): # of `make_optimizer`, torch.amp.GradScaler
-    "One optimizer step, left out if a gradient is not finite, whether it was made, a bool on the device."
+    "One step unless a gradient is not finite; whether it was made, a bool on the device."
     groups = optimizer.param_groups
     gradients = [p.grad for group in groups for p in group['params'] if p.grad is not None]
     good = torch.nn.utils.get_total_norm(gradients).isfinite()
@@ -147,7 +151,7 @@ def load_optimizer(optimizer, state): # state: of its `state_dict`
                 values[name] = torch.empty_like(p).copy_(v)
 
 # %% ../nbs/10_run.ipynb #10-27
-FORMAT = 2                                                         # of checkpoints, the first edition wrote none
+FORMAT = 2                                                         # the first edition wrote none
 
 class Run:
     "A run's folder and how far it is."
@@ -156,7 +160,7 @@ class Run:
                  total, # optimizer steps of the whole run
                  identity=None, may_differ=(), # what else must agree (dict), parameters that need not
                  save_steps=0, # steps between two checkpoints besides those by time, 0 for none
-                 rank=0, gather=None): # number of this process, function that gives a thing of each process
+                 rank=0, gather=None): # of this process, function that gives a thing of each process
         self.config, self.parts, self.total = config, parts, total
         self.identity = identity or {}
         self.may_differ = {'out', 'amp', 'workers', 'log_steps', 'save_minutes', *may_differ}
@@ -167,7 +171,7 @@ class Run:
         self.seconds = 0.                                          # time they took
         self.skipped = 0                                           # steps left out, in all
         self.consecutive_skips = 0                                 # and since the last good one
-        self.pending = []                                          # (good, names) of steps not yet checked
+        self.pending = []                                          # (good, names) of steps to check
 
 # %% ../nbs/10_run.ipynb #10-29
 def check_format(path, state):
@@ -183,7 +187,7 @@ def check_format(path, state):
 
 @patch
 def newest(self:Run):
-    "The last checkpoint that can be read, None if there is none at all, a damaged one is set aside."
+    "The last checkpoint that can be read, None if there is none; a damaged one is set aside."
     paths = [self.out/'checkpoint.pt', self.out/'checkpoint-before.pt']
     found = [p for p in paths if p.exists()]
     for path in found:
@@ -203,7 +207,8 @@ def newest(self:Run):
 def refuse_other(self:Run, state):
     "Raises ValueError if a checkpoint is of a run with other parameters, and says which."
     ours = asdict(self.config) | self.identity
-    theirs = state['config'] | state['identity']
+    older = {f.name: f.default for f in fields(self.config)}       # a parameter may have come since
+    theirs = older | state['config'] | state['identity']
     other = [f'{n} {theirs.get(n)!r}, now {v!r}' for n, v in ours.items()
              if n not in self.may_differ and theirs.get(n) != v]
     if state['step'] > self.total: other.append(f"{state['step']} steps done, now {self.total} in all")
@@ -230,7 +235,7 @@ def load(self:Run, state): # of `newest`
 # %% ../nbs/10_run.ipynb #10-32
 @patch
 def begin(self:Run):
-    "Makes the folder, continues from its checkpoint, writes config.json, the first process before others."
+    "Makes the folder, continues from its checkpoint; the first process before the others."
     if self.rank: self.gather(None)                                # waits for the first process
     self.out.mkdir(parents=True, exist_ok=True)
     state = self.newest()
@@ -254,7 +259,7 @@ def running(self:Run):
 # %% ../nbs/10_run.ipynb #10-34
 @patch
 def save(self:Run):
-    "Writes the checkpoint, the first process alone, the one before is kept beside it."
+    "Writes the checkpoint, in the first process only; the one before is kept beside it."
     if self.rank: return
     state = dict(format=FORMAT, config=asdict(self.config), identity=self.identity,
                  step=self.step, seconds=self.seconds, skipped=self.skipped)
@@ -279,7 +284,7 @@ def finish(self:Run):
 
 # %% ../nbs/10_run.ipynb #10-36
 @patch
-def advance(self:Run, good, names): # bool tensor of `step_if_finite`, what this step's images are called
+def advance(self:Run, good, names): # of `step_if_finite`, what this step's images are called
     "Counts one step."
     self.pending.append((good, names))
     self.step += 1
@@ -340,6 +345,7 @@ def report(self:Run, line): # dict with at least loss
         self.saved = time.time()
     return line
 
+# %% ../nbs/10_run.ipynb #10-39
 @patch
 def progress(self:Run, line):
     "Prints how far the run is and how long it will take."
@@ -355,13 +361,13 @@ def log(self:Run):
     "The log so far, a list of dicts."
     return read_log(self.out)
 
-# %% ../nbs/10_run.ipynb #10-48
+# %% ../nbs/10_run.ipynb #10-49
 def fingerprint(names): # file names in order
     "How many images, and a hash of their names."
     digest = hashlib.sha256(os.fsencode('\n'.join(names))).hexdigest()
     return f'{len(names)} images {digest[:12]}'
 
-# %% ../nbs/10_run.ipynb #10-51
+# %% ../nbs/10_run.ipynb #10-52
 def read_run(folder, encoder='online'): # run folder, 'online' or 'target'
     "Tensors of one encoder's backbone, the run's parameters (dict) and the steps made."
     folder = Path(folder).expanduser()
@@ -376,7 +382,7 @@ def read_run(folder, encoder='online'): # run folder, 'online' or 'target'
     state = {n.removeprefix(prefix): t.clone(memory_format=torch.contiguous_format) for n, t in own.items()}
     return state, saved['config'], saved['step']
 
-# %% ../nbs/10_run.ipynb #10-52
+# %% ../nbs/10_run.ipynb #10-53
 def trained_backbone(run, # run folder of train.ipynb
                      make=make_backbone, # function of name and stride that gives the module
                      encoder='online'): # or 'target'

@@ -7,8 +7,8 @@ __all__ = ['SEGMENT_RECIPES', 'paint', 'class_legend', 'SegmentConfig', 'segment
            'make_augmentation', 'step_seed', 'one_thread', 'Augmented', 'segmentation_backbone', 'Segmenter',
            'load_backbone', 'make_segmenter', 'poly', 'segmentation_loss', 'labelled_pixels', 'SharedDropout',
            'share_dropout', 'normalised', 'train_step', 'image_name', 'batches', 'parameter_groups', 'run_identity',
-           'share_statistics', 'fine_tune', 'predict', 'evaluate', 'segment_runs', 'write_result', 'run_and_score',
-           'segment', 'trained_segmenter']
+           'fine_tune', 'predict', 'evaluate', 'segment_runs', 'write_result', 'run_and_score', 'segment',
+           'trained_segmenter']
 
 # %% ../nbs/17_segment.ipynb #17-02
 import json
@@ -35,7 +35,7 @@ from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.transforms import v2
 from .augment import imagenet_mean, imagenet_std
 from .config import RunConfig, check, check_out, default_out, param, resolve, variant
-from .distributed import (device, gather_objects, gather_tensor, main, rank, shared,
+from .distributed import (device, gather_objects, main, rank, share_buffers, shared,
                                 sum_over_processes, world)
 from .encoder import feature_shape, make_backbone
 from .labelled import open_labelled, which_labelled
@@ -405,10 +405,6 @@ def run_identity(data, config): # labelled images, SegmentConfig
     return dict(images=fingerprint(names), weights=weights)
 
 # %% ../nbs/17_segment.ipynb #17-56
-def share_statistics(model):
-    "Gives all processes the first one's batch statistics."
-    for b in model.buffers(): b.copy_(gather_tensor(b)[0])
-
 def _device_of(model): return next(model.parameters()).device
 
 # %% ../nbs/17_segment.ipynb #17-57
@@ -433,7 +429,7 @@ def fine_tune(model, # Segmenter, on the device to train on
         if run.reports():
             lr = optimizer.param_groups[0]['lr']
             run.report(dict(loss=mean_over_processes(loss).item(), lr=lr))
-    share_statistics(model)
+    share_buffers(model)
     run.finish()
     return run.log()
 

@@ -7,7 +7,6 @@ __all__ = ['ema_momentum', 'learning_rate', 'configure', 'Batches', 'Pretraining
 
 # %% ../nbs/12_training.ipynb #12-02
 import itertools
-import json
 import math
 import os
 from contextlib import nullcontext
@@ -22,8 +21,8 @@ from .augment import Photometric, TwoViews
 from .config import (RECIPES, PretrainConfig, check, check_out, default_out, resolve,
                            variant)
 from .data import Cached, refuse_bad, scan
-from .distributed import (device, gather_objects, gather_tensor, launch, main, rank,
-                                shared, world)
+from .distributed import (device, gather_objects, gather_tensor, main, rank, shared,
+                                world)
 from .encoder import feature_shape, library_weights
 from .loss import default_queue, uninformed_loss
 from .model import PixCon, mean_over_processes
@@ -298,6 +297,7 @@ def note_unread(self:Pretraining, parts):
         self.unread[i] = why
         line = dict(image=self.name_of(i), number=i, why=why, step=self.run.step)
         append_line(self.unread_file(), line)
+    if world() == 1: self.refuse_unread()                          # several do at the next line of the log
 
 @patch
 def refuse_unread(self:Pretraining):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from pixcon import data
 from pixcon.augment import TwoViews
-from pixcon.data import ImageList, decoders, doctor, read_image, refuse_bad, sample_photos, scan
+from pixcon.data import ImageList, decoders, doctor, read_image, sample_photos, scan
 from pixcon.plan import plan
 from pixcon.training import Pretraining, configure
 

@@ -1,5 +1,6 @@
 """AP counted a second way, the detector's parts, a run cut off or shared, the notebook as users run it."""
 import copy
+import inspect
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from PIL import Image
+from made_coco import coco_content, save_images, scenes, thing  # scenes is a fixture
 from torchvision.ops import FrozenBatchNorm2d, box_iou, masks_to_boxes
 from pixcon import detect
 from pixcon.detect import (DETECT_RECIPES, DetectConfig, Draws, ItemSampler, Pyramid,
@@ -26,10 +27,9 @@ from pixcon.detect import (DETECT_RECIPES, DetectConfig, Draws, ItemSampler, Pyr
                            with_comparison)
 from pixcon.distributed import launch
 from pixcon.encoder import make_backbone
-from pixcon.objects import (Objects, coco_index, encode_mask, open_objects, voc_classes,
-                            write_coco)
+from pixcon.objects import (Objects, coco_index, encode_mask, open_objects, voc_classes)
 from pixcon.run import make_optimizer, read_lines, read_log
-from pixcon.scenes import Scenes, scene_classes
+from pixcon.scenes import scene_classes
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(width=8, hidden=16, mask_layers=1, proposals=20, rois=8, short=64, shortest=64,
@@ -41,14 +41,6 @@ not_given = ('IN_TEST', 'PIXCON_DATA')
 environment = {k: v for k, v in os.environ.items() if k not in not_given}
 paths = os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])
 environment |= dict(OMP_NUM_THREADS='1', PYTHONPATH=paths)
-
-
-@pytest.fixture(scope='module')
-def scenes(tmp_path_factory):
-    "A COCO folder of built-in scenes: six to learn from, four to score."
-    folder = tmp_path_factory.mktemp('scenes')
-    write_coco(Scenes(6, 64, seed=1), folder)
-    return write_coco(Scenes(4, 64, seed=2), folder, 'val')
 
 
 def tiny(out, **given):
@@ -64,28 +56,6 @@ def detector(config, classes=8, seed=0):
 def same_weights(a, b):
     "Two modules hold the same bits."
     assert all(torch.equal(t, b.state_dict()[n]) for n, t in a.state_dict().items())
-
-
-def coco_content(sizes, annotations, ids=(3, 7)):
-    "COCO's form for images of some sizes, and two categories."
-    images = []
-    for i, (h, w) in enumerate(sizes):
-        images.append(dict(id=i, file_name=f'{i}.png', height=h, width=w))
-    categories = [dict(id=c, name=f'class {c}') for c in ids]
-    return dict(images=images, annotations=annotations, categories=categories)
-
-
-def thing(image, box, category=3, **more):
-    "One annotation with a box (left, top, width, height) and the box's polygon as mask."
-    x, y, w, h = box
-    a = dict(image_id=image, category_id=category, bbox=list(box), area=w*h, iscrowd=0)
-    return a | dict(segmentation=[[x, y, x+w, y, x+w, y+h, x, y+h]]) | more
-
-
-def save_images(folder, sizes, mode='RGB'):
-    for i, (h, w) in enumerate(sizes):
-        noise = np.random.default_rng(i).integers(0, 256, (h, w, 3), dtype=np.uint8)
-        Image.fromarray(noise).convert(mode).save(folder/f'{i}.png')
 
 
 # Average precision
@@ -758,16 +728,7 @@ import json, sys, torch
 from pixcon.detect import *
 from pixcon.distributed import join, leave, rank, world
 torch.set_num_threads(1)
-
-class Breaks:
-    def __init__(self, data, n): self.data, self.n = data, n
-    def __len__(self): return len(self.data)
-    def __getattr__(self, name): return getattr(self.data, name)
-    def __getitem__(self, i):
-        self.n -= 1
-        if self.n < 0: raise KeyboardInterrupt
-        return self.data[i]
-
+''' + '\n' + inspect.getsource(Breaks) + '''
 def run(given, name, cut=0):
     config = configure_detect(**given, out=f'{sys.argv[2]}/{name}-{world()}')
     train, test = learn_and_score(config)

@@ -26,7 +26,7 @@ from pixcon.labelled import LabelledScenes, open_labelled
 from pixcon.run import FORMAT, make_optimizer, read_lines, read_log
 from pixcon.segment import (SEGMENT_RECIPES, Augmented, SegmentConfig, Segmenter, SharedDropout, batches,
                             configure_segment, evaluate, fine_tune, load_backbone, make_segmenter, paint,
-                            parameter_groups, poly, predict, run_and_score, segment_config, segment_runs,
+                            parameter_groups, poly, predict, segment_config,
                             segmentation_backbone, segmentation_loss, share_dropout, train_step)
 
 ROOT = Path(__file__).parent.parent
