@@ -103,6 +103,7 @@ class PretrainConfig(RunConfig):
     reweight: bool = param(True, 'semantic reweighting')
     dense_weight: float = param(
         .5, 'weight of the dense loss (lambda), 0 is MoCo-v2+', least=0, most=1)
+    dense_start: float = param(0., 'fraction of the run before lambda turns on', least=0, most=1)
     tau: float = param(.2, 'temperature of InfoNCE (tau)', least=1e-4)
     power: float = param(2., 'exponent of the weights (gamma)', least=1e-3)
     queue: int = param(65536, 'negatives kept (K), if not given a quarter of the images', least=1)
@@ -124,8 +125,7 @@ class PretrainConfig(RunConfig):
         .99, "the target encoder's first momentum (m)", least=0, most=1)
     min_scale: float = param(
         .08, "smallest fraction of an image's area in a view", least=1e-4, most=1)
-    blur_sigma: float = param(
-        2., 'largest sigma of the blur in pixels of a view', least=.1)
+    blur_sigma: float = param(2., 'largest sigma of the blur in pixels of a view', least=.1)
     scenes: int = param(256, 'how many built-in scenes', least=2)
     scene_size: int = param(96, 'their side in pixels', least=16)
     compile: str = param('auto', 'torch.compile, auto: long runs on a GPU', ('auto', 'on', 'off'))

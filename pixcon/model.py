@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from .encoder import (Encoder, feature_shape, make_backbone, make_target, predictor,
                             update_target)
 from .loss import Queue, info_nce
-from .matching import match_coord, match_sim, overlap
+from .matching import match_coord, match_health, match_sim, overlap
 from .reweight import semantic_weights
 
 # %% ../nbs/08_model.ipynb #08-11
@@ -47,13 +47,19 @@ class PixCon(nn.Module):
         self.target = make_target(self.online)
         self.global_predictor = predictor(dim, hidden)
         self.dense_predictor = predictor(dim, hidden)
-        if not dense_weight:
-            self.online.dense_head.requires_grad_(False)
-            self.dense_predictor.requires_grad_(False)
+        self.learn_dense(dense_weight > 0)
         self.image_queue = Queue(queue, dim, queue_start)
         self.dense_queue = Queue(queue, dim, queue_start)
 
-# %% ../nbs/08_model.ipynb #08-14
+# %% ../nbs/08_model.ipynb #08-12
+@patch
+def learn_dense(self:PixCon, on): # bool
+    "Turns the dense loss on, or off as in MoCo-v2+ (lambda is 0, and the dense heads rest)."
+    self.learns_dense = on
+    self.online.dense_head.requires_grad_(on)
+    self.dense_predictor.requires_grad_(on)
+
+# %% ../nbs/08_model.ipynb #08-15
 @patch
 @torch.no_grad()
 def match(self:PixCon, f_q, f_k, # lists of (B,C,h,w) for view 1 and 2, online and target
@@ -68,12 +74,16 @@ def match(self:PixCon, f_q, f_k, # lists of (B,C,h,w) for view 1 and 2, online a
     if self.matching == 'coord':
         index, valid = match_coord(box, flip, grid, self.max_dist)
         return index, _matched_cosine(f_q, f_k, index), inside, valid.float()
-    directions = [match_sim(f_q[v], f_k[1-v]) for v in (0, 1)]
-    index, cosine = (torch.stack(both, 1) for both in zip(*directions))  # (B,2,S) each
+    index, cosine = _feature_matches(f_q, f_k)                     # (B,2,S) each
     if not self.reweight:
         return index, cosine, inside, None
     weights = semantic_weights(cosine.flatten(0, 1), inside.flatten(0, 1), self.power)  # (2B,S)
     return index, cosine, inside, weights.view_as(cosine)
+
+def _feature_matches(f_q, f_k):
+    "Most similar key cell of each query cell and their cosine, [:,v] has view v as query: (B,2,S) each."
+    directions = [match_sim(f_q[v], f_k[1-v]) for v in (0, 1)]
+    return (torch.stack(both, 1) for both in zip(*directions))
 
 def _matched_cosine(f_q, f_k, index):
     "Cosine of each query cell with the key cell chosen for it, (B,2,S)."
@@ -81,7 +91,7 @@ def _matched_cosine(f_q, f_k, index):
     k = F.normalize(torch.stack(f_k[::-1], 1).float().flatten(3), dim=2)
     return (q*k.gather(3, index[:, :, None].expand_as(k))).sum(2)
 
-# %% ../nbs/08_model.ipynb #08-16
+# %% ../nbs/08_model.ipynb #08-17
 def _unit(x):
     return F.normalize(x.float(), dim=1)
 
@@ -99,7 +109,14 @@ def _weighted_mean(loss, weights): # (M,), (M,) or None
         return loss.mean()
     return (weights*loss).sum()/mean_over_processes(weights.sum()).clamp(min=1e-6)
 
-# %% ../nbs/08_model.ipynb #08-17
+# %% ../nbs/08_model.ipynb #08-18
+@patch
+@torch.no_grad()
+def dense_keys(self:PixCon, f_k): # (B,C,h,w)
+    "Unit embeddings of the key view's cells (B,D,S), and of their mean, for the queue (B,D)."
+    k = self.target.dense_head(f_k).float().flatten(2)             # (B,D,S)
+    return _unit(k), _unit(k.mean(2))
+
 @patch
 def dense_direction(self:PixCon, f_q, f_k, # (B,C,h,w) each
                     index, weights): # (B,S), (B,S) or None
@@ -107,11 +124,9 @@ def dense_direction(self:PixCon, f_q, f_k, # (B,C,h,w) each
     and each cell's cosine to its positive (B*S,)."""
     q = self.online.dense_head(f_q).flatten(2).mT.flatten(0, 1)    # (B*S,D)
     q = _unit(self.dense_predictor(q))
-    with torch.no_grad():
-        k = self.target.dense_head(f_k).float().flatten(2)         # (B,D,S)
-        positive = _unit(k).gather(2, index[:, None].expand_as(k))  # (B,D,S)
-        positive = positive.mT.flatten(0, 1)                       # (B*S,D)
-        keys = _unit(k.mean(2))                                    # (B,D)
+    k, keys = self.dense_keys(f_k)                                 # (B,D,S), (B,D)
+    positive = k.gather(2, index[:, None].expand_as(k))            # (B,D,S)
+    positive = positive.mT.flatten(0, 1)                           # (B*S,D)
     loss = info_nce(q, positive, self.dense_queue.negatives(), self.tau)  # (B*S,)
     if weights is not None:
         weights = weights.flatten()                                # (B*S,)
@@ -127,7 +142,7 @@ def image_direction(self:PixCon, f_q, f_k): # (B,C,h,w) each
     loss = info_nce(q, keys, self.image_queue.negatives(), self.tau)  # (B,)
     return loss.mean(), keys, (q*keys).sum(1).detach()
 
-# %% ../nbs/08_model.ipynb #08-21
+# %% ../nbs/08_model.ipynb #08-22
 @patch
 def forward(self:PixCon, view, # (B,2,3,H,W) float, normalised
             box, flip, # (B,2,4) crop boxes in pixels of the photo, (B,2) bool
@@ -139,22 +154,26 @@ def forward(self:PixCon, view, # (B,2,3,H,W) float, normalised
     with torch.no_grad():
         f_k = [self.target.backbone(v) for v in view.unbind(1)]
     index, cosine, inside, weights = self.match(f_q, f_k, box, flip, inside)  # (B,2,S) each
-    image = [self.image_direction(f_q[v], f_k[1-v]) for v in (0, 1)]
-    dense = image
-    if self.dense_weight:
+    share = self.dense_weight if self.learns_dense else 0.         # lambda
+    dense = image = [self.image_direction(f_q[v], f_k[1-v]) for v in (0, 1)]
+    if self.learns_dense:
         by_view = [None, None] if weights is None else weights.unbind(1)  # (B,S) each
         dense = [self.dense_direction(f_q[v], f_k[1-v], index[:, v], by_view[v]) for v in (0, 1)]
-    loss_image = (1 - self.dense_weight)*(image[0][0] + image[1][0])
-    loss_dense = self.dense_weight*(dense[0][0] + dense[1][0])
+    waiting = self.dense_weight and not self.learns_dense
+    keys = [self.dense_keys(f_k[1-v]) for v in (0, 1)] if waiting else dense
+    loss_image = (1 - share)*(image[0][0] + image[1][0])
+    loss_dense = share*(dense[0][0] + dense[1][0])
     out = dict(
         loss_image=loss_image.detach(), loss_dense=loss_dense.detach(),
         index=index, similarity=cosine, inside=inside, weights=weights,
+        found=index if self.matching == 'sim' else next(_feature_matches(f_q, f_k)),  # (B,2,S)
+        box=box, flip=flip, grid=tuple(f_q[0].shape[2:]),
         image_keys=torch.stack([image[1][1], image[0][1]], 1),     # (B,2,D)
-        dense_keys=torch.stack([dense[1][1], dense[0][1]], 1),     # (B,2,D)
+        dense_keys=torch.stack([keys[1][1], keys[0][1]], 1),       # (B,2,D)
         positive=torch.stack([cosines.mean() for _, _, cosines in dense]).mean())
     return loss_image + loss_dense, out
 
-# %% ../nbs/08_model.ipynb #08-23
+# %% ../nbs/08_model.ipynb #08-24
 @patch
 def enqueue(self:PixCon, out, view, good=None): # what `forward` returned, 0 or 1, scalar bool tensor
     "Writes one view's keys to both queues, unless good is false."
@@ -166,7 +185,7 @@ def update_target(self:PixCon, momentum):
     "Moves the target encoder towards the online encoder."
     update_target(self.online, self.target, momentum)
 
-# %% ../nbs/08_model.ipynb #08-30
+# %% ../nbs/08_model.ipynb #08-31
 @torch.no_grad()
 def effective_rank(keys): # (n,D)
     "Exponential of the entropy of the covariance's eigenvalues: number of directions in use, at most D."
@@ -197,4 +216,5 @@ def health(self:PixCon, out): # what `forward` returned
         weighted=_effective_fraction(out['weights']),
         spread=(keys.std(0).mean()*keys.shape[1]**.5).item(),
         rank=effective_rank(queue.negatives()),
-        queue_fill=queue.filled.item()/len(queue.keys))
+        queue_fill=queue.filled.item()/len(queue.keys),
+        **match_health(out['found'], inside, out['box'], out['flip'], out['grid']))

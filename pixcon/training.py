@@ -53,7 +53,8 @@ def _run_name(c, images):
     last = c.data.rstrip(os.sep).split(os.pathsep)[0]
     data = Path(last).name.replace('*', '') or 'images'
     if isinstance(images, Scenes): data = 'scenes'
-    return f'{data}-{variant(c)}-{c.epochs}ep-seed{c.seed}'
+    late = f'-from{c.dense_start:g}' if c.dense_start and c.dense_weight else ''
+    return f'{data}-{variant(c)}{late}-{c.epochs}ep-seed{c.seed}'
 
 def _fill_in(c, given, n):
     "Sets what was not given and depends on the batch, the epochs or the number of images n."
@@ -169,6 +170,7 @@ def train_step(self:Pretraining, parts): # a batch of the loader, or a tuple of 
     c, k = self.config, self.run.step
     parts = parts if isinstance(parts, tuple) else (parts,)
     torch.manual_seed(c.seed*1_000_003 + k)
+    self.learn_dense(c.dense_weight > 0 and k >= c.dense_start*self.run.total)
     self.negatives = self.model.image_queue.filled.item()
     self.momentum = ema_momentum(k, self.run.total, c.target_momentum)
     self.lr = learning_rate(k, self.steps_per_epoch, c.epochs, c.lr, c.warmup_epochs)
@@ -182,6 +184,14 @@ def train_step(self:Pretraining, parts): # a batch of the loader, or a tuple of 
     return outs[-1]
 
 # %% ../nbs/12_training.ipynb #12-20
+@patch
+def learn_dense(self:Pretraining, on): # bool
+    "Turns the dense loss on or off where it is not yet so; processes then share other gradients."
+    if on == self.model.learns_dense: return
+    self.model.learn_dense(on)
+    self.net = None                                                # lets go of the parameters first
+    self.net = shared(self.model, self.device, synchronise=False)
+
 @patch
 def backward(self:Pretraining, part, # dict of tensors from the loader
              n=1, last=True): # parts in the step, whether this is the last
