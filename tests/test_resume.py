@@ -45,7 +45,8 @@ def assert_same_state(a, b):
 
 @pytest.mark.parametrize('amp', ['off', 'bf16'])
 @pytest.mark.parametrize('save_at,stop_at,given', [
-    (1, 1, {}), (4, 9, {}), (10, 11, {}), (7, 8, dict(optimizer='sgd', lr=.05, matching='coord'))])
+    (1, 1, {}), (4, 9, {}), (10, 11, {}), (7, 8, dict(optimizer='sgd', lr=.05, matching='coord')),
+    (6, 11, dict(dense_start=.6)), (11, 12, dict(dense_start=.6))])
 def test_continues_bit_for_bit(tmp_path, save_at, stop_at, given, amp):
     """Weights, queues and logged losses are equal, mid-epoch and at an epoch's end.
 
@@ -55,6 +56,45 @@ def test_continues_bit_for_bit(tmp_path, save_at, stop_at, given, amp):
     again, log_again = run_whole(tmp_path/'cut', amp=amp, **given)
     assert_same_state(again.model, whole.model)
     assert timeless(log) == timeless(log_again)
+
+
+@pytest.mark.parametrize('optimizer', ['sgd', 'adamw'])
+def test_dense_loss_begins_later(tmp_path, optimizer):
+    """Up to its start the dense heads rest, weight decay included, and all else is as in MoCo-v2+; then they learn.
+
+    The dense queue is filled from the first step on."""
+    def dense(training):
+        "Parameters that only the dense loss moves."
+        own = 'online.dense_head', 'dense_predictor'
+        return {n: p.detach().clone() for n, p in training.model.named_parameters() if n.startswith(own)}
+    given = dict(optimizer=optimizer, weight_decay=.1)
+    late, moco = make(tmp_path/'late', dense_start=.4, **given), make(tmp_path/'moco', dense_weight=0., **given)
+    begun, losses = dense(late), []
+    for parts in late.steps():
+        out = late.train_step(parts)
+        losses.append(out['loss_dense'].item())
+        if late.run.step <= 6:
+            moco.train_step(parts)
+            for n, p in dense(late).items(): assert torch.equal(p, begun[n]), n
+            for n, p in late.model.online.backbone.state_dict().items():
+                assert torch.equal(p, moco.model.online.backbone.state_dict()[n]), n
+        if late.run.step == 3: assert late.model.dense_queue.filled == 12
+        if late.run.step == 6: assert not torch.equal(late.model.dense_queue.keys, late.model.image_queue.keys)
+    assert [loss > 0 for loss in losses] == [False]*6 + [True]*9    # 0.4 of 15 steps
+    moved = [n for n, p in dense(late).items() if not torch.equal(p, begun[n])]
+    assert len(moved) == len(begun)
+
+
+def test_a_parameter_that_came_later(tmp_path):
+    "A checkpoint from before dense_start was there goes on as with 0, and is refused for anything else."
+    cut(tmp_path, 4, 4)
+    state = torch.load(tmp_path/'checkpoint.pt', weights_only=True)
+    del state['config']['dense_start']
+    torch.save(state, tmp_path/'checkpoint.pt')
+    with pytest.raises(ValueError, match='dense_start 0.0, now 0.3'): make(tmp_path, dense_start=.3).begin()
+    training = make(tmp_path)
+    training.begin()
+    assert training.run.step == 4
 
 
 def strides(t):
