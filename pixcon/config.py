@@ -48,13 +48,13 @@ def _allowed(name, value, choices, least, most, **_):
         raise ValueError(f'{name} must be {bounds}, got {value}')
 
 # %% ../nbs/09_config.ipynb #09-14
-def refuse_unknown(given, known): # names, names that there are
+def refuse_unknown(given, known, what='parameter'): # names, names that there are, of what
     "Raises ValueError for a name that does not exist, and says which one may have been meant."
     for name in given:
         if name in known: continue
         close = difflib.get_close_matches(name, known, 1)
         hint = f', did you mean {close[0]!r}?' if close else '.'
-        raise ValueError(f"unknown parameter {name!r}{hint} There are: {', '.join(known)}")
+        raise ValueError(f"unknown {what} {name!r}{hint} There are: {', '.join(known)}")
 
 # %% ../nbs/09_config.ipynb #09-15
 def check(kind, given): # dataclass made of `param`, dict of values by name, None for not given

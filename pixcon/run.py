@@ -21,7 +21,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 import torch
 from fastcore.basics import patch
-from .encoder import make_backbone
+from safetensors import safe_open
+from safetensors.torch import load_file
+from .encoder import library_weights, make_backbone
 
 # %% ../nbs/10_run.ipynb #10-07
 def write_checkpoint(path, state): # file, dict of tensors and plain values
@@ -368,12 +370,21 @@ def fingerprint(names): # file names in order
     return f'{len(names)} images {digest[:12]}'
 
 # %% ../nbs/10_run.ipynb #10-52
+def _passed_on(folder):
+    "As `read_run`, of a folder that has only config.json and backbone.safetensors."
+    config = json.loads((folder/'config.json').read_text())
+    path = folder/'backbone.safetensors'
+    with safe_open(path, 'pt') as file: about = file.metadata()
+    return read_file(path, load_file), config, int(about['step'])
+
 def read_run(folder, encoder='online'): # run folder, 'online' or 'target'
     "Tensors of one encoder's backbone, the run's parameters (dict) and the steps made."
     folder = Path(folder).expanduser()
     if encoder not in ('online', 'target'):
         raise ValueError(f"encoder must be 'online' or 'target', got {encoder!r}")
     path, prefix = folder/'checkpoint.pt', f'{encoder}.backbone.'
+    alone = (folder/'backbone.safetensors').is_file() and (folder/'config.json').is_file()
+    if alone and encoder == 'online' and not path.exists(): return _passed_on(folder)
     if not path.is_file():
         raise FileNotFoundError(f'{str(folder)!r} is no run folder: there is no checkpoint.pt in it')
     saved = read_file(path, lambda path: load_pth(path, mmap=True))
@@ -392,6 +403,8 @@ def trained_backbone(run, # run folder of train.ipynb
     state, config, _ = read_run(run, encoder)
     backbone = make(config['backbone'], config['stride'] or None)
     own = backbone.state_dict()
+    names = dict(zip(library_weights(backbone, config['backbone']), own))
+    if own.keys() != state.keys(): state = {names.get(n, n): t for n, t in state.items()}
     wrong = sorted(own.keys() ^ state.keys()) or [n for n, t in own.items() if t.shape != state[n].shape]
     if wrong:
         raise ValueError(f"{len(wrong)} weights of {str(run)!r} don't fit {config['backbone']!r} "

@@ -9,6 +9,7 @@ __all__ = ['ema_momentum', 'learning_rate', 'configure', 'Batches', 'Pretraining
 import itertools
 import math
 import os
+import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -250,10 +251,11 @@ def steps(self:Pretraining):
 
 # %% ../nbs/12_training.ipynb #12-25
 @patch
-def fit(self:Pretraining):
+def fit(self:Pretraining, until=math.inf): # seconds since 1970 at which one process alone stops and saves
     "Trains to the end of the run, logging and saving on the way; returns the log."
     self.begin()
     for parts in self.steps():
+        if time.time() > until: break
         self.note_unread(parts)
         out = self.train_step(parts)
         if self.run.reports() or self.run.step % self.steps_per_epoch == 0:
