@@ -48,7 +48,7 @@ from .run import (Run, autocast, fingerprint, loader_workers, make_optimizer,
                         precision, read_run, step_if_finite, trained_backbone)
 from .scenes import Scenes
 
-# %% ../nbs/19_detect.ipynb #19-32
+# %% ../nbs/19_detect.ipynb #19-09
 class Draws:
     "Images and objects as a training run sees them; item p is the p-th of the run."
     def __init__(self, data, seed=0): # Objects
@@ -70,7 +70,7 @@ class Draws:
         target['seed'] = torch.tensor(rng.integers(2**62))
         return image.as_subclass(torch.Tensor), target
 
-# %% ../nbs/19_detect.ipynb #19-35
+# %% ../nbs/19_detect.ipynb #19-12
 class _Evaluation(COCOeval):
     "COCO's evaluation, which also passes over what VOC calls difficult."
     def _prepare(self):
@@ -92,7 +92,7 @@ def _results(labels, found, kind):
     results.createIndex()
     return results
 
-# %% ../nbs/19_detect.ipynb #19-36
+# %% ../nbs/19_detect.ipynb #19-13
 def _mean(precision):
     "Mean where there was something to find, None if nowhere."
     known = precision[precision >= 0]
@@ -117,7 +117,7 @@ def average_precision(
     classes = {n: _mean(p[:, :, k]) for k, n in enumerate(names)}
     return dict(ap=_mean(p), ap50=_mean(p[0]), ap75=_mean(p[5]), classes=classes)
 
-# %% ../nbs/19_detect.ipynb #19-41
+# %% ../nbs/19_detect.ipynb #19-18
 def _in_sequence(part, name=''):
     "Names of the parts of a network that run one after another, also inside sequences."
     net = None if name else getattr(part, 'net', None)             # timm's, as `make_backbone` wraps it
@@ -128,7 +128,7 @@ def _in_sequence(part, name=''):
     inner = [(f'{name}.{n}'.lstrip('.'), p) for n, p in part.named_children()]
     return [q for n, p in inner for q in _in_sequence(p, n)]
 
-# %% ../nbs/19_detect.ipynb #19-42
+# %% ../nbs/19_detect.ipynb #19-19
 def _walk(backbone, names, x):
     "The last map of each stride, by name and channels, and the last of all."
     found, width = {}, x.shape[3]
@@ -155,7 +155,7 @@ def stage_maps(backbone, # of `make_backbone`
     backbone.train(training)
     return {stride: part for stride, part in found.items() if stride >= finest}, names
 
-# %% ../nbs/19_detect.ipynb #19-45
+# %% ../nbs/19_detect.ipynb #19-23
 def _synchronises():
     "Whether torch can take batch statistics over the processes, or needs not."
     return torch.cuda.is_available() or not joined()
@@ -178,7 +178,7 @@ def _set_norm(module, norm):
             module.set_submodule(name, _frozen(part))
     return module
 
-# %% ../nbs/19_detect.ipynb #19-46
+# %% ../nbs/19_detect.ipynb #19-24
 class Pyramid(nn.Module):
     "A backbone with a feature pyramid on the last map of each of its strides."
     def __init__(self, backbone, # of `make_backbone`
@@ -200,12 +200,12 @@ class Pyramid(nn.Module):
             if name in self.taken: maps[str(len(maps))] = x
         return self.fpn(maps)
 
-# %% ../nbs/19_detect.ipynb #19-49
+# %% ../nbs/19_detect.ipynb #19-27
 @dataclass(kw_only=True)
 class DetectConfig(RunConfig):
     "Everything that a detector's fine-tuning depends on."
     data: str = param('scenes', "'scenes', or a folder in COCO's form, or a VOCdevkit")
-    checkpoint: str = param('', "run folder of train.ipynb, '' for random weights")
+    checkpoint: str = param('', "run folder or .safetensors of train.ipynb, '' for random weights")
     out: str = param('', "folder of the result, '' for runs/detect-DATA-CHECKPOINT-seedN")
     recipe: str = param('auto', "'1x', '2x', 'VOC', 'small', or 'auto' for the one of the data",
                         ('auto', '1x', '2x', 'VOC', 'small'))
@@ -238,7 +238,7 @@ class DetectConfig(RunConfig):
     rois: int = param(512, "of them, how many an image's loss is taken from", least=4)
     precise_bn: int = param(200, 'batches for new batch statistics before scoring', least=0)
 
-# %% ../nbs/19_detect.ipynb #19-51
+# %% ../nbs/19_detect.ipynb #19-28
 DETECT_RECIPES = {
     '1x': dict(),
     '2x': dict(iterations=180_000),
@@ -252,7 +252,7 @@ DETECT_RECIPES = {
 
 _rates = dict(sgd=dict(lr=.02, weight_decay=1e-4), adamw=dict(lr=3e-3, weight_decay=1e-2))
 
-# %% ../nbs/19_detect.ipynb #19-83
+# %% ../nbs/19_detect.ipynb #19-30
 def rate_falls(config): # DetectConfig
     "The steps at which the learning rate falls, raises ValueError for milestones that are none."
     words = config.milestones.split(',') if config.milestones else []
@@ -263,7 +263,7 @@ def rate_falls(config): # DetectConfig
     raise ValueError('milestones must be rising fractions between 0 and 1, '
                      f"such as '2/3,8/9', got {config.milestones!r}")
 
-# %% ../nbs/19_detect.ipynb #19-52
+# %% ../nbs/19_detect.ipynb #19-33
 def _data_kind(data):
     "What the data are: 'scenes', 'coco' or 'voc'."
     return 'scenes' if data == 'scenes' else which_objects(data)[1]
@@ -282,7 +282,7 @@ def _default_folder(c):
     weights = last(c.checkpoint) if c.checkpoint else 'random'
     return default_out(f'detect-{last(c.data)}-{weights}-seed{c.seed}')
 
-# %% ../nbs/19_detect.ipynb #19-55
+# %% ../nbs/19_detect.ipynb #19-34
 def _check_together(c, given, kind):
     "Refuses values that don't go together."
     if not c.shortest <= c.short <= c.longest:
@@ -310,7 +310,7 @@ def configure_detect(**given): # parameters by name, None for those left to the 
     check_out(c.out)
     return c
 
-# %% ../nbs/19_detect.ipynb #19-56
+# %% ../nbs/19_detect.ipynb #19-37
 def _written_scenes(c):
     "A COCO folder of built-in scenes, written by the first process."
     folder = Path(c.out)/'data'
@@ -329,7 +329,7 @@ def learn_and_score(config): # DetectConfig
                          f'with objects, {len(train)}, got {config.labelled}')
     return train.take(config.labelled, config.seed), test.take(config.test)
 
-# %% ../nbs/19_detect.ipynb #19-86
+# %% ../nbs/19_detect.ipynb #19-40
 class ItemTransform(GeneralizedRCNNTransform):
     "torchvision's resizing and padding; a training image's size is a function of its item."
     def forward(self, images, targets=None):
@@ -356,7 +356,7 @@ class ItemSampler:
         self.taken = self.positive + torch.cat(negative).sum()
         return positive, negative
 
-# %% ../nbs/19_detect.ipynb #19-59
+# %% ../nbs/19_detect.ipynb #19-41
 def _pool(body, cells, c):
     "RoIAlign: cuts boxes out of the map that fits their size, cells x cells."
     levels = [str(i) for i in range(len(body.strides))]
@@ -382,7 +382,7 @@ def _mask_parts(body, classes, c):
         mask_head=MaskRCNNHeads(c.width, (c.width,)*c.mask_layers, 1),
         mask_predictor=MaskRCNNPredictor(c.width, c.width, classes + 1))
 
-# %% ../nbs/19_detect.ipynb #19-87
+# %% ../nbs/19_detect.ipynb #19-42
 def make_detector(backbone, # of `make_backbone`
                   classes, # how many, without the background
                   config): # DetectConfig
@@ -406,13 +406,13 @@ def _check_classes(model, data):
     raise ValueError(f'the detector tells {own} classes apart, '
                      f'the data have {len(data.classes)}: {names}')
 
-# %% ../nbs/19_detect.ipynb #19-62
+# %% ../nbs/19_detect.ipynb #19-49
 def detect_rate(step, config): # steps made, DetectConfig
     "Learning rate at a step."
     rise = min(1., .001 + .999*step/config.warmup) if config.warmup else 1.
     return config.lr*rise*.1**sum(step >= k for k in rate_falls(config))
 
-# %% ../nbs/19_detect.ipynb #19-65
+# %% ../nbs/19_detect.ipynb #19-52
 def parameter_groups(model):
     "All that is trained, and apart from it what batch norm trains, without weight decay."
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
@@ -422,7 +422,7 @@ def parameter_groups(model):
     others = [p for p in trained if id(p) not in norms]
     return [dict(params=others), dict(params=of_norms, weight_decay=0.)]
 
-# %% ../nbs/19_detect.ipynb #19-66
+# %% ../nbs/19_detect.ipynb #19-54
 def _together(items): return tuple(zip(*items))
 
 def own_items(step, batch): # batch: images in a step
@@ -444,7 +444,7 @@ def to_device(images, targets, device):
     images = [x.to(device).float()/255 for x in images]
     return images, [{n: v.to(device) for n, v in t.items()} for t in targets]
 
-# %% ../nbs/19_detect.ipynb #19-94
+# %% ../nbs/19_detect.ipynb #19-56
 def sample_counts(model):
     "How many samples each loss of the last forward pass was a mean of."
     anchors, boxes = model.rpn.fg_bg_sampler, model.roi_heads.fg_bg_sampler
@@ -458,7 +458,7 @@ def whole_batch(losses, counts): # dicts of scalar tensors
     weights = own/mean_over_processes(own).clamp(min=1e-6)
     return {n: w*loss for (n, loss), w in zip(losses.items(), weights)}
 
-# %% ../nbs/19_detect.ipynb #19-67
+# %% ../nbs/19_detect.ipynb #19-60
 def train_step(net, optimizer, scaler, batch, dtype): # net: the detector, or `shared`'s wrap of it
     "One optimizer step: the losses, a dict of scalars, and whether the step was made."
     with autocast(batch[0][0].device.type, dtype): losses = net(*batch)
@@ -476,7 +476,7 @@ def image_names(data):
     "What the images are called, in order."
     return [data.coco.imgs[i]['file_name'] for i in data.ids]
 
-# %% ../nbs/19_detect.ipynb #19-98
+# %% ../nbs/19_detect.ipynb #19-61
 def set_rate(optimizer, lr):
     "Gives all parameters a learning rate."
     for group in optimizer.param_groups: group['lr'] = lr
@@ -492,7 +492,7 @@ def _start(model, data, config, scaler):
     run.begin()
     return run, optimizer
 
-# %% ../nbs/19_detect.ipynb #19-68
+# %% ../nbs/19_detect.ipynb #19-62
 def fine_tune(model, # of `make_detector`, on the device to train on
               data, config): # Objects, DetectConfig
     "Trains the whole detector, from where `config.out` left off; returns the log, a list of dicts."
@@ -514,7 +514,7 @@ def fine_tune(model, # of `make_detector`, on the device to train on
     run.finish()
     return run.log()
 
-# %% ../nbs/19_detect.ipynb #19-70
+# %% ../nbs/19_detect.ipynb #19-64
 @torch.no_grad()
 def precise_bn(model, data, config): # of `make_detector`, Objects, DetectConfig
     "Batch norms' mean and variance anew, from `config.precise_bn` training batches."
@@ -544,7 +544,7 @@ def predict(model, images): # of `make_detector`, list of uint8 (3,H,W)
         if 'masks' in f: f['masks'] = f['masks'][:, 0] > .5        # (n,1,H,W) -> (n,H,W)
     return found
 
-# %% ../nbs/19_detect.ipynb #19-71
+# %% ../nbs/19_detect.ipynb #19-66
 class _Images:
     "The images of `Objects` with their ids, without the objects."
     def __init__(self, data): self.data = data
@@ -575,7 +575,7 @@ def detections(model, data, batch=8, workers=0): # of `make_detector`, Objects
     in_order = [of_process[k % world()][k//world()] for k in range(len(whole))]
     return [d for part in in_order for d in part]
 
-# %% ../nbs/19_detect.ipynb #19-72
+# %% ../nbs/19_detect.ipynb #19-67
 def _score(found, data, kinds):
     "AP of boxes and masks as one flat dict, and of each class."
     scores, classes = {}, {c: {} for c in data.classes}
@@ -596,7 +596,7 @@ def evaluate(model, data, batch=8, workers=0): # of `make_detector`, Objects
     score = _score(found, data, kinds) if rank() == 0 else None
     return gather_objects(score)[0]
 
-# %% ../nbs/19_detect.ipynb #19-101
+# %% ../nbs/19_detect.ipynb #19-74
 def build_detector(config, classes): # DetectConfig, how many
     "A run's detector before training, with the same heads on a checkpoint and without."
     torch.manual_seed(config.seed)
@@ -612,7 +612,7 @@ def with_comparison(config):
     random = replace(config, checkpoint='', compare=False, out=folder)
     return {'result-random.json': random, 'result.json': config}
 
-# %% ../nbs/19_detect.ipynb #19-106
+# %% ../nbs/19_detect.ipynb #19-75
 def as_result(config, score, seconds): # score: of `evaluate`
     "A result as it is written down, a dict."
     def rounded(v): return None if v is None else round(v, 3)
@@ -632,7 +632,7 @@ def write_result(path, config, model, score, seconds): # path: of the result
     state = {n: t.cpu().contiguous() for n, t in model.state_dict().items()}
     save_file(state, Path(config.out)/'detector.safetensors')
 
-# %% ../nbs/19_detect.ipynb #19-102
+# %% ../nbs/19_detect.ipynb #19-76
 def _run_one(path, config, train, test):
     "Trains and scores one detector."
     model = build_detector(config, len(test.classes)).to(device())
@@ -652,7 +652,7 @@ def train_and_score(**given): # parameters of a run by name
     for name, one in with_comparison(config).items():
         _run_one(Path(config.out)/name, one, train, test)
 
-# %% ../nbs/19_detect.ipynb #19-107
+# %% ../nbs/19_detect.ipynb #19-77
 def load_detector(folder): # run folder of a detector that was trained to its end
     "The detector of a run, with the weights that were scored."
     path = Path(folder)/'detector.safetensors'
@@ -664,6 +664,6 @@ def load_detector(folder): # run folder of a detector that was trained to its en
     model.load_state_dict(state)
     return model.eval()
 
-# %% ../nbs/19_detect.ipynb #19-105
+# %% ../nbs/19_detect.ipynb #19-82
 if __name__ == '__main__' and '__file__' in globals():
     main('pixcon.detect', DetectConfig, train_and_score)

@@ -370,21 +370,23 @@ def fingerprint(names): # file names in order
     return f'{len(names)} images {digest[:12]}'
 
 # %% ../nbs/10_run.ipynb #10-52
-def _passed_on(folder):
-    "As `read_run`, of a folder that has only config.json and backbone.safetensors."
-    config = json.loads((folder/'config.json').read_text())
-    path = folder/'backbone.safetensors'
-    with safe_open(path, 'pt') as file: about = file.metadata()
-    return read_file(path, load_file), config, int(about['step'])
+def _read_small(path, encoder):
+    "As `read_run`, of a .safetensors file that says which run it is of."
+    state = read_file(path, load_file)
+    with safe_open(path, 'pt') as file: about = file.metadata() or {}
+    if not {'config', 'step', 'encoder'} <= about.keys():
+        raise ValueError(f'{str(path)!r} does not say of which run it is: give a file that pixcon wrote')
+    if about['encoder'] != encoder:
+        raise ValueError(f"{str(path)!r} holds the {about['encoder']} encoder, not the {encoder} one")
+    return state, json.loads(about['config']), int(about['step'])
 
-def read_run(folder, encoder='online'): # run folder, 'online' or 'target'
+def read_run(folder, encoder='online'): # run folder or its .safetensors file, 'online' or 'target'
     "Tensors of one encoder's backbone, the run's parameters (dict) and the steps made."
     folder = Path(folder).expanduser()
     if encoder not in ('online', 'target'):
         raise ValueError(f"encoder must be 'online' or 'target', got {encoder!r}")
+    if folder.suffix == '.safetensors': return _read_small(folder, encoder)
     path, prefix = folder/'checkpoint.pt', f'{encoder}.backbone.'
-    alone = (folder/'backbone.safetensors').is_file() and (folder/'config.json').is_file()
-    if alone and encoder == 'online' and not path.exists(): return _passed_on(folder)
     if not path.is_file():
         raise FileNotFoundError(f'{str(folder)!r} is no run folder: there is no checkpoint.pt in it')
     saved = read_file(path, lambda path: load_pth(path, mmap=True))
@@ -394,7 +396,7 @@ def read_run(folder, encoder='online'): # run folder, 'online' or 'target'
     return state, saved['config'], saved['step']
 
 # %% ../nbs/10_run.ipynb #10-53
-def trained_backbone(run, # run folder of train.ipynb
+def trained_backbone(run, # run folder of train.ipynb, or its .safetensors file
                      make=make_backbone, # function of name and stride that gives the module
                      encoder='online'): # or 'target'
     """A run's backbone with its weights, and the run's parameters: (module, dict).

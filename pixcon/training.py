@@ -7,6 +7,7 @@ __all__ = ['ema_momentum', 'learning_rate', 'configure', 'Batches', 'Pretraining
 
 # %% ../nbs/12_training.ipynb #12-02
 import itertools
+import json
 import math
 import os
 import time
@@ -285,7 +286,7 @@ def finish(self:Pretraining):
     weights = library_weights(self.model.online.backbone, self.config.backbone)
     weights = {n: t.contiguous().cpu() for n, t in weights.items()}
     about = {n: str(v) for n, v in asdict(self.config).items()}
-    about |= dict(step=str(self.run.step), encoder='online')
+    about |= dict(step=str(self.run.step), encoder='online', config=json.dumps(asdict(self.config)))
     save_file(weights, self.run.out/'backbone.safetensors', about)
 
 # %% ../nbs/12_training.ipynb #12-29
