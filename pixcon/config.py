@@ -137,7 +137,7 @@ class PretrainConfig(RunConfig):
 RECIPES = dict(
     paper=dict(),
     small=dict(backbone='shufflenet_v2_x1_0', stride=8, size=64, min_scale=.25, blur_sigma=.6,
-               hidden=256, dim=64, epochs=60, batch=64, optimizer='adamw', lr=4e-3, weight_decay=1e-2,
+               hidden=256, dim=64, dense_start=.3, epochs=60, batch=64, optimizer='adamw', lr=4e-3, weight_decay=1e-2,
                warmup_epochs=2., target_momentum=.95, log_steps=4))
 
 # %% ../nbs/09_config.ipynb #09-24

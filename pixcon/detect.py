@@ -205,7 +205,7 @@ class Pyramid(nn.Module):
 class DetectConfig(RunConfig):
     "Everything that a detector's fine-tuning depends on."
     data: str = param('scenes', "'scenes', or a folder in COCO's form, or a VOCdevkit")
-    checkpoint: str = param('', "run folder or .safetensors of train.ipynb, '' for random weights")
+    checkpoint: str = param('', "run folder or .safetensors of train.ipynb, 'kept', '' for random weights")
     out: str = param('', "folder of the result, '' for runs/detect-DATA-CHECKPOINT-seedN")
     recipe: str = param('auto', "'1x', '2x', 'VOC', 'small', or 'auto' for the one of the data",
                         ('auto', '1x', '2x', 'VOC', 'small'))

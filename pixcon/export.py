@@ -7,8 +7,9 @@ __all__ = ['to_detectron2', 'from_detectron2', 'library_names', 'layouts', 'matc
            'read_weights', 'export_backbone', 'write_card', 'load_backbone', 'main']
 
 # %% ../nbs/20_export.ipynb #20-02
-import json, os, pickle, re, sys
+import json, os, pickle, re, shlex, sys
 from collections import OrderedDict
+from dataclasses import asdict
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
@@ -23,10 +24,10 @@ from .augment import imagenet_mean, imagenet_std
 from .scenes import Scenes
 from .encoder import feature_shape, make_backbone
 from .plot import show_curves
-from .config import variant
+from .config import RECIPES, PretrainConfig, variant
 from .run import load_pth, read_file, read_log, read_run
 
-# %% ../nbs/20_export.ipynb #20-15
+# %% ../nbs/20_export.ipynb #20-16
 def _public(config): # parameters of a run
     "The parameters without what only concerns the machine: of paths the last part stays."
     names = [Path(p).name or p for p in config['data'].split(os.pathsep)]
@@ -46,7 +47,7 @@ def _run_weights(folder, encoder): # run folder, 'online' or 'target'
         config=json.dumps(_public(config)))
     return state, about
 
-# %% ../nbs/20_export.ipynb #20-18
+# %% ../nbs/20_export.ipynb #20-19
 def to_detectron2(name):
     "detectron2's name of a tensor of a torchvision ResNet."
     if name.startswith('layer'):
@@ -57,7 +58,7 @@ def to_detectron2(name):
     name = name.replace('downsample.1.', 'shortcut.norm.')
     return re.sub(r'\.bn(\d)\.', r'.conv\1.norm.', name)
 
-# %% ../nbs/20_export.ipynb #20-18a
+# %% ../nbs/20_export.ipynb #20-20
 def from_detectron2(name):
     "torchvision's name of a tensor of a detectron2 ResNet; other names stay as they are."
     stage, *rest = name.split('.')
@@ -73,7 +74,7 @@ def from_detectron2(name):
         rest.insert(0, f'layer{int(stage[-1]) - 1}')
     return '.'.join(rest)
 
-# %% ../nbs/20_export.ipynb #20-21
+# %% ../nbs/20_export.ipynb #20-23
 def _in_torchvision(name):
     return name in torchvision.models.list_models(module=torchvision.models)
 
@@ -96,7 +97,7 @@ def _whole_names(names, name): # of a feature extractor's tensors, a timm model
     forms |= {n: n for n in whole}
     return {n: forms.get(n, n) for n in names}
 
-# %% ../nbs/20_export.ipynb #20-21a
+# %% ../nbs/20_export.ipynb #20-24
 def library_names(backbone, # what `make_backbone` returned
                   name): # name of the torchvision or timm model
     "The library's own name for each of a backbone's tensors, as a dict."
@@ -106,7 +107,7 @@ def library_names(backbone, # what `make_backbone` returned
     whole = _whole_names([n.removeprefix('net.') for n in names], name)
     return {n: whole[n.removeprefix('net.')] for n in names}
 
-# %% ../nbs/20_export.ipynb #20-24
+# %% ../nbs/20_export.ipynb #20-27
 _suffix = dict(torchvision='.pth', timm='.pth', detectron2='.pkl', mm='.pth',
                safetensors='.safetensors')
 
@@ -117,7 +118,7 @@ def layouts(backbone): # name of a torchvision or timm model
     module = torchvision.models.get_model_builder(backbone).__module__
     return tuple(_suffix) if module.endswith('.resnet') else ('torchvision', 'safetensors')
 
-# %% ../nbs/20_export.ipynb #20-27
+# %% ../nbs/20_export.ipynb #20-30
 def _listed(names):
     "The first four, and how many more."
     names = sorted(names)
@@ -140,7 +141,7 @@ def match_names(given, wanted, # tensors by name
     if found:
         raise ValueError(f"{what}: of {len(wanted)} tensors {'; '.join(found)}")
 
-# %% ../nbs/20_export.ipynb #20-30
+# %% ../nbs/20_export.ipynb #20-33
 def _last_part(backbone, whole):
     "Name, in the whole torchvision model, of the last part that a backbone kept."
     parts = [child for child in backbone.named_children() if child[0] != 'channels_first']
@@ -156,7 +157,7 @@ def _torchvision_reference(name, backbone):
     cut = create_feature_extractor(whole, last, suppress_diff_warning=True).eval()
     return whole, list(cut.state_dict()), lambda x: cut(x)['map']
 
-# %% ../nbs/20_export.ipynb #20-32
+# %% ../nbs/20_export.ipynb #20-35
 def _timm_reference(name, stride): # stride: pixels per cell
     "As `_torchvision_reference`, for timm's model of that name."
     timm = _timm()
@@ -183,7 +184,7 @@ def _reference(name, backbone, layout):
         return _timm_reference(name, 224//feature_shape(backbone, 224)[1])
     return _timm_reference(name, backbone.net.feature_info.reduction()[0])
 
-# %% ../nbs/20_export.ipynb #20-34
+# %% ../nbs/20_export.ipynb #20-37
 def _pictures(size):
     "Two built-in scenes as a network gets them, (2,3,size,size)."
     mean, std = (torch.tensor(v)[:, None, None] for v in (imagenet_mean, imagenet_std))
@@ -201,7 +202,7 @@ def _fill(whole, given, what):
         raise ValueError(f"{what} can't be loaded: {e}") from e
     assert not unexpected
 
-# %% ../nbs/20_export.ipynb #20-34a
+# %% ../nbs/20_export.ipynb #20-38
 @torch.no_grad()
 def verify_weights(given, # tensors by the library's own names, as read back from a file
                    backbone, # ours
@@ -229,7 +230,7 @@ def verify_weights(given, # tensors by the library's own names, as read back fro
             "of the largest, allowed is 1e-06")
     return apart
 
-# %% ../nbs/20_export.ipynb #20-37
+# %% ../nbs/20_export.ipynb #20-41
 class _ArrayPickler(pickle.Pickler):
     "Pickles arrays as calls of numpy.ndarray."
     def reducer_override(self, x):
@@ -255,7 +256,7 @@ def _load_pkl(path):
     with open(path, 'rb') as f:
         return _ArrayUnpickler(f).load()
 
-# %% ../nbs/20_export.ipynb #20-39
+# %% ../nbs/20_export.ipynb #20-43
 def _write_detectron2(path, state, about):
     "A pickle of arrays under detectron2's names."
     arrays = {to_detectron2(n): t.numpy() for n, t in state.items()}
@@ -277,7 +278,7 @@ def write_weights(path, state, layout, about): # state by the library's own name
         plain.about = about
         torch.save(plain, path)
 
-# %% ../nbs/20_export.ipynb #20-41
+# %% ../nbs/20_export.ipynb #20-45
 def _load_safetensors(path):
     with safe_open(path, 'pt') as f:
         return {n: f.get_tensor(n) for n in f.keys()}, f.metadata() or {}
@@ -299,7 +300,7 @@ def _load_state_dict(path):
         raise ValueError(f"it holds things that are no tensors: {_listed(strange)}")
     return state, about
 
-# %% ../nbs/20_export.ipynb #20-41a
+# %% ../nbs/20_export.ipynb #20-46
 _readers = {'.safetensors': _load_safetensors, '.pkl': _load_detectron2,
             '.pth': _load_state_dict, '.pt': _load_state_dict}
 
@@ -309,7 +310,7 @@ def read_weights(path): # a .pth, .pt, .pkl or .safetensors file
         raise ValueError(f"{path.name!r}: weights are in files of type {', '.join(_readers)}")
     return read_file(path, _readers[path.suffix])
 
-# %% ../nbs/20_export.ipynb #20-44
+# %% ../nbs/20_export.ipynb #20-49
 def _shape_of(name):
     "Depth (as a word), groups and width per group that a ResNet's name tells."
     depth = (re.search(r'\d+', name) or [''])[0]
@@ -337,7 +338,7 @@ def _use_detectron2(name, file):
         'MODEL.PIXEL_STD': std}
     return ' '.join(f'{n} {v}' for n, v in settings.items())
 
-# %% ../nbs/20_export.ipynb #20-44a
+# %% ../nbs/20_export.ipynb #20-50
 def _use_mm(name, file):
     depth, groups, width = _shape_of(name)
     mean, std = _pixel_statistics()
@@ -361,7 +362,7 @@ def _use(name, layout, file):
     make = f"torchvision.models.{name}()" if layout == 'torchvision' else f"timm.create_model('{name}')"
     return f"{make}.load_state_dict(torch.load('{file}', weights_only=True), strict=False)"
 
-# %% ../nbs/20_export.ipynb #20-47
+# %% ../nbs/20_export.ipynb #20-53
 def _beginnings(name):
     "a, a.b and a.b.c for a.b.c"
     parts = name.split('.')
@@ -373,7 +374,7 @@ def _rest(whole, kept): # names of tensors
     found = [next(p for p in _beginnings(n) if p not in known) for n in whole if n not in known]
     return list(dict.fromkeys(found))
 
-# %% ../nbs/20_export.ipynb #20-48a
+# %% ../nbs/20_export.ipynb #20-55
 def _described(about, reference, backbone, layout, file, licence):
     "The metadata of a file."
     whole, needed, _ = reference
@@ -393,7 +394,7 @@ def _described(about, reference, backbone, layout, file, licence):
         checked=('names and features (to 1e-06 of the largest) of this file '
                  f'against {library.__name__}{back}'))
 
-# %% ../nbs/20_export.ipynb #20-50
+# %% ../nbs/20_export.ipynb #20-57
 def _ready(run, layout, encoder):
     "Backbone with the weights of a run's encoder, and what is known about it."
     state, about = _run_weights(run, encoder)
@@ -413,7 +414,7 @@ def _file_name(name, encoder, layout):
     word = '' if layout == 'safetensors' else f'-{layout}'
     return f'{name}-{encoder}{word}{_suffix[layout]}'
 
-# %% ../nbs/20_export.ipynb #20-50a
+# %% ../nbs/20_export.ipynb #20-58
 def export_backbone(run, # run folder
                     out, # folder for the file
                     layout='torchvision', # or 'timm', 'detectron2', 'mm', 'safetensors'
@@ -444,7 +445,7 @@ def export_backbone(run, # run folder
         write_card(run, path)
     return path
 
-# %% ../nbs/20_export.ipynb #20-52
+# %% ../nbs/20_export.ipynb #20-60
 def _table(rows):
     return '\n'.join(['| | |', '|---|---|', *(f'| {n} | {v} |' for n, v in rows)])
 
@@ -463,7 +464,7 @@ def _numbers_of(run):
     numbers = [(n, v) for n, v in summary.items() if isinstance(v, (int, float))]
     return [(n, f'{v:.4g}' if isinstance(v, float) else v) for n, v in numbers]
 
-# %% ../nbs/20_export.ipynb #20-52a
+# %% ../nbs/20_export.ipynb #20-61
 def _curves(run, path):
     "Draws the log beside the weights, and returns the lines of the card that show it."
     log = read_log(run)
@@ -490,7 +491,16 @@ def _load_code(name, file):
             f"model.load_state_dict(load_file('{file}'), strict=False)"]
     return '\n'.join(['```python', *lines, '```'])
 
-# %% ../nbs/20_export.ipynb #20-53
+# %% ../nbs/20_export.ipynb #20-62
+def _command(config):
+    "The command that makes such a run: the parameters that its recipe would not choose itself."
+    usual = asdict(PretrainConfig()) | RECIPES[config['recipe']]
+    usual['recipe'] = 'small' if config['data'] == 'scenes' else 'paper'
+    silent = 'out', 'amp', 'workers', 'log_steps', 'save_minutes', 'save_epochs', 'cache'
+    chosen = {n: v for n, v in config.items() if n not in silent and v != usual.get(n, v)}
+    flags = ''.join(f' -p {n} {shlex.quote(str(v))}' for n, v in chosen.items())
+    return f'```\npapermill nbs/train.ipynb out.ipynb{flags}\n```'
+
 _facts = ('encoder', 'variant', 'step', 'map', 'left_at_random', 'input', 'checked', 'library', 'pixcon')
 
 def write_card(run, # run folder
@@ -508,6 +518,7 @@ def write_card(run, # run folder
         f"of {config['batch']} images, two views each. No labels were used.",
         _table([(n.replace('_', ' '), about[n]) for n in _facts]),
         '## Data', _data(config),
+        '## Made by', _command(config),
         '## Load', _load_code(name, path.name)]
     if numbers:
         parts += ['## Numbers', _table(numbers)]
@@ -517,7 +528,7 @@ def write_card(run, # run folder
         '## Licence', f'{licence}, as far as the images allow: their terms may bind the weights, too.', '']
     path.with_suffix('.md').write_text('\n\n'.join(parts))
 
-# %% ../nbs/20_export.ipynb #20-58
+# %% ../nbs/20_export.ipynb #20-67
 def _stride(about, stride):
     "Pixels per cell as `make_backbone` takes them: what was asked for, or what the file says."
     return int(about.get('stride', 0) if stride is None else stride) or None
@@ -547,7 +558,7 @@ def load_backbone(path, # a file that `export_backbone` or a run wrote, or a run
     net.load_state_dict({n: given[names[n]] for n in ours})
     return net
 
-# %% ../nbs/20_export.ipynb #20-64
+# %% ../nbs/20_export.ipynb #20-73
 @call_parse
 def main(run:str, # run folder
          out:str, # folder for the file

@@ -363,7 +363,7 @@ def score_line(result): # of `knn_segment`, `logistic_probe` or `kmeans_score`
     if len(mious) > 1:
         text += f' ({min(mious):.1f} to {max(mious):.1f} over {len(mious)} seeds)'
     settings = [f'{name} {_in_words(v)}' for name, v in result['settings'].items()]
-    return '; '.join([text, ', '.join(settings), *result['notes']])
+    return ', '.join([text, *settings, *result['notes']])
 
 # %% ../nbs/16_probe.ipynb #16-70
 def knn_segment(train, test, # (features (n,C,h,w), labels (n,H,W)) as of `labelled_features`
@@ -408,7 +408,7 @@ def _fit_logistic(x, y, Cs, classes): # cells (m,C), their classes (m,), rising 
     "For each C: C, the fitted layer as a function of maps, and whether the fit has converged."
     mean, std = x.mean(0), x.std(0) + 1e-6                         # (C,) each
     x, y = ((x - mean)/std).numpy(), y.numpy()
-    model = LogisticRegression(max_iter=1000, tol=1e-5, warm_start=True)  # from one C to the next
+    model = LogisticRegression(max_iter=500, tol=1e-5, warm_start=True)  # from one C to the next
     for C in Cs:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', ConvergenceWarning)    # the caller says it in words
@@ -475,7 +475,8 @@ def kmeans_score(train, test, # (features (n,C,h,w), labels (n,H,W)) as of `labe
         centres = KMeans(classes, n_init=1, random_state=seed).fit(x).cluster_centers_
         weight = torch.from_numpy(centres).float()                 # (classes,C)
         bias = -weight.square().sum(1)/2                           # (classes,)
-        def nearness(x): # (b,C,h,w); -d^2/2 to each centre, up to what all have in common
+        def nearness(x): # (b,C,h,w)
+            "Minus half the squared distance to each centre, up to what all have in common."
             return F.conv2d(F.normalize(x, dim=1), weight[..., None, None], bias)
         found.append(_match_clusters(*_predict(nearness, *test, classes)))
     return _result('k-means', found, dict(clusters=classes, cells=len(drawn)) | _sizes(test))

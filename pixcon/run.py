@@ -23,7 +23,7 @@ import torch
 from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from .encoder import library_weights, make_backbone
+from .encoder import kept_weights, library_weights, make_backbone
 
 # %% ../nbs/10_run.ipynb #10-07
 def write_checkpoint(path, state): # file, dict of tensors and plain values
@@ -380,9 +380,9 @@ def _read_small(path, encoder):
         raise ValueError(f"{str(path)!r} holds the {about['encoder']} encoder, not the {encoder} one")
     return state, json.loads(about['config']), int(about['step'])
 
-def read_run(folder, encoder='online'): # run folder or its .safetensors file, 'online' or 'target'
+def read_run(folder, encoder='online'): # run folder, its .safetensors file or 'kept', 'online' or 'target'
     "Tensors of one encoder's backbone, the run's parameters (dict) and the steps made."
-    folder = Path(folder).expanduser()
+    folder = Path(str(kept_weights) if str(folder) == 'kept' else folder).expanduser()
     if encoder not in ('online', 'target'):
         raise ValueError(f"encoder must be 'online' or 'target', got {encoder!r}")
     if folder.suffix == '.safetensors': return _read_small(folder, encoder)
@@ -396,7 +396,7 @@ def read_run(folder, encoder='online'): # run folder or its .safetensors file, '
     return state, saved['config'], saved['step']
 
 # %% ../nbs/10_run.ipynb #10-53
-def trained_backbone(run, # run folder of train.ipynb, or its .safetensors file
+def trained_backbone(run, # run folder of train.ipynb, its .safetensors file, or 'kept'
                      make=make_backbone, # function of name and stride that gives the module
                      encoder='online'): # or 'target'
     """A run's backbone with its weights, and the run's parameters: (module, dict).

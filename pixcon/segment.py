@@ -66,7 +66,7 @@ def class_legend(names): # of the classes, at most twenty are shown
 class SegmentConfig(RunConfig):
     "Everything that a fine-tuning for segmentation depends on."
     data: str = param('scenes', "labelled images: 'scenes' or a folder, or kind:folder")
-    checkpoint: str = param('', "run folder or .safetensors of train.ipynb, '' for random weights")
+    checkpoint: str = param('', "run folder or .safetensors of train.ipynb, 'kept', '' for random weights")
     out: str = param('', "run folder, '' for runs/segment-DATA-CHECKPOINT-seedN")
     recipe: str = param('auto', "its name, 'auto' for the one of the data",
                         ('auto', 'voc12aug', 'cityscapes', 'ade20k', 'small'))

@@ -55,7 +55,8 @@ def _run_name(c, images):
     last = c.data.rstrip(os.sep).split(os.pathsep)[0]
     data = Path(last).name.replace('*', '') or 'images'
     if isinstance(images, Scenes): data = 'scenes'
-    late = f'-from{c.dense_start:g}' if c.dense_start and c.dense_weight else ''
+    usual = c.dense_start == RECIPES[c.recipe].get('dense_start', 0.) or not c.dense_weight
+    late = '' if usual else f'-from{c.dense_start:g}'
     return f'{data}-{variant(c)}{late}-{c.epochs}ep-seed{c.seed}'
 
 def _fill_in(c, given, n):

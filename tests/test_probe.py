@@ -227,7 +227,7 @@ def test_knn_segment_by_hand():
     assert ours['mious'] == [ours['miou']] and ours['accuracy'] == pytest.approx(100*5/7)
     expected = dict(k=2, temperature=.5, memory=2, grid=(1, 2), size=(2, 4))
     assert ours['settings'] == expected
-    line = 'in-context k-NN: mIoU 42.2; k 2, temperature 0.5, memory 2, grid 1x2, size 2x4'
+    line = 'in-context k-NN: mIoU 42.2, k 2, temperature 0.5, memory 2, grid 1x2, size 2x4'
     assert score_line(ours) == line
 
 
@@ -279,7 +279,10 @@ def test_logistic_probe_of_separable_cells(classes):
 
 def test_logistic_probe_fits_all_training_cells():
     "With the C chosen, the prediction is that of scikit-learn on all cells, standardised."
-    (f, labels), test = cells_with_classes(20, 0, spread=1.), cells_with_classes(10, 1, spread=1.)
+    scale = torch.tensor([1., 100, .01, 10])[:, None, None]
+    f, labels = cells_with_classes(20, 0, spread=1.)
+    f = 5 + f*scale
+    test = 5 + cells_with_classes(10, 1, spread=1.)[0]*scale, labels[:10]
     ours = logistic_probe((f, labels), test, 3, Cs=(.01, .1, 1.))
     x = f.movedim(1, -1).flatten(0, 2)                             # (320,4)
     mean, std = x.mean(0), x.std(0)
@@ -347,6 +350,15 @@ def test_clusters_need_no_labels_and_no_order():
     assert ours['mious'] == [100]*5 and torch.equal(ours['prediction'], labels)
     order = torch.tensor([2, 0, 1], dtype=torch.uint8)
     assert kmeans_score((f, labels), (f, order[labels.long()]), 3)['mious'] == [100]*5
+
+
+def test_clusters_are_nearest_by_distance():
+    "A narrow cluster at 0 degrees, a wide one about 90: 46 degrees is nearer to the wide one's mean."
+    angle = torch.tensor([0.]*100 + [70.]*10 + [110.]*10 + [0, 90, 46]).deg2rad()
+    f = torch.stack([angle.cos(), angle.sin()])[None, :, None]     # (1,2,1,123)
+    labels = torch.tensor([[[0, 1, 1]]], dtype=torch.uint8)
+    ours = kmeans_score((f[..., :120], labels.new_zeros(1, 1, 120)), (f[..., 120:], labels), 2)
+    assert ours['mious'] == [100]*5
 
 
 def test_scores_refuse():
