@@ -28,7 +28,7 @@ def test_trains_and_continues(tmp_path):
     assert run.name == 'scenes-sr-2ep-seed0'
     files = {'backbone.safetensors', 'checkpoint.pt', 'config.json', 'figures', 'log.jsonl', 'summary.json'}
     assert {p.name for p in run.iterdir()} == files
-    pictures = {'views.png', 'loss.png', 'health.png', 'matches.png', 'probe.png'}
+    pictures = {'views.png', 'loss.png', 'shortcut.png', 'health.png', 'matches.png', 'probe.png'}
     assert {p.name for p in (run/'figures').iterdir()} == pictures
     assert json.loads((run/'config.json').read_text())['epochs'] == 2
     summary = json.loads((run/'summary.json').read_text())
