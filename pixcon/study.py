@@ -362,14 +362,15 @@ def study_results(folder): # with studies at any depth
     "Scores of all studies below a folder, as `read_results` gives those of other evaluations."
     tables = [read_study(path.parent) for path in sorted(Path(folder).rglob('study.csv'))]
     table = pd.concat(tables) if tables else read_study(folder)
-    table = table[table['task'] != 'matches']
+    table = table[table['score'].isin(['miou', 'pck'])]
     table = table.assign(rank=table['variant'].map(rank)).sort_values(['rank', 'epochs', 'seed'])
     names = []
     for variant, epochs in zip(table['variant'], table['epochs']):
         names.append(variant_title(variant) + (f', {epochs} epochs' if epochs else ''))
-    where = zip(table['task'], table['data'])
+    several = table['data'].nunique() > 1
+    where = [f' (pre-trained on {data})' if several else '' for data in table['data']]
     return pd.DataFrame(dict(
-        task=[f'{task_title(task)} (pre-trained on {data})' for task, data in where],
+        task=[task_title(task) + w for task, w in zip(table['task'], where)],
         variant=pd.Categorical(names, list(dict.fromkeys(names))), seed=table['seed'],
         score=[score_names.get(n, n) for n in table['score']], value=table['value'],
         epochs=table['epochs'])).reset_index(drop=True)

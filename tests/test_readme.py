@@ -60,6 +60,7 @@ def at_test_size(command):
         command = command.replace('--data DIR', '--data coco') + ' --recipe small --iterations 2 --labelled 4 --test 2'
     if 'train2017 -p epochs 800' in command:
         command += ' -p recipe small'
+    if 'study.ipynb' in command: command = command.replace('-p data DIR', '-p data path/to/train2017') + ' -p recipe small'
     return command
 
 
