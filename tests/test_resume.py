@@ -87,12 +87,12 @@ def test_dense_loss_begins_later(tmp_path, optimizer):
 
 def test_a_parameter_that_came_later(tmp_path):
     "A checkpoint from before dense_start was there goes on as with 0, and is refused for anything else."
-    cut(tmp_path, 4, 4)
+    cut(tmp_path, 4, 4, dense_start=0.)
     state = torch.load(tmp_path/'checkpoint.pt', weights_only=True)
     del state['config']['dense_start']
     torch.save(state, tmp_path/'checkpoint.pt')
     with pytest.raises(ValueError, match='dense_start 0.0, now 0.3'): make(tmp_path, dense_start=.3).begin()
-    training = make(tmp_path)
+    training = make(tmp_path, dense_start=0.)
     training.begin()
     assert training.run.step == 4
 
