@@ -38,7 +38,7 @@ methods = dict(moco=dict(dense_weight=0.), coord=dict(matching='coord'),
                sim=dict(matching='sim', reweight=False), sr=dict(matching='sim', reweight=True))
 
 def variant_parameters(word): # such as 'moco', 'sr' or 'sr@0.3'
-    "Parameters of a run by the short name of its method; raises ValueError for a name that is none."
+    "Parameters of a run by its method's short name; raises ValueError for what is none."
     name, late, start = word.partition('@')
     refuse_unknown([name], methods, 'method')
     if not late: return methods[name] | dict(dense_start=0.)
@@ -81,11 +81,13 @@ def configure_study(**given): # parameters by name, None for those left as they 
     for word in listed(c.variants): variant_parameters(word)
     refuse_unknown(listed(c.scores), scorers, 'score')
     wrong = [b for b in listed(c.budgets) if not b.isdecimal() or int(b) < 1]
-    if wrong or not c.budgets: raise ValueError(f'budgets are whole numbers of epochs, got {c.budgets!r}')
+    if wrong or not listed(c.budgets):
+        raise ValueError(f'budgets are whole numbers of epochs, got {c.budgets!r}')
     return c
 
 # %% ../nbs/22_study.ipynb #22-10
-scorers = dict(linear=linear_probe, knn=knn_segment, logistic=logistic_probe, kmeans=kmeans_score)
+scorers = dict(linear=linear_probe, knn=knn_segment, logistic=logistic_probe,
+               kmeans=kmeans_score)
 
 def _with_size(word):
     "Data and (height, width), or None for images as they are, of NAME@HEIGHTxWIDTH."
@@ -95,7 +97,8 @@ def _with_size(word):
         height, width = map(int, size.split('x'))
         return name, (height, width)
     except ValueError:
-        raise ValueError(f"probe {word!r}: behind @ comes the size, as in {name}@360x480") from None
+        message = f"probe {word!r}: behind @ comes the size, as in {name}@360x480"
+        raise ValueError(message) from None
 
 # %% ../nbs/22_study.ipynb #22-11
 def _pck_test(folder, size):
@@ -107,12 +110,12 @@ def _pck_test(folder, size):
     return test
 
 def _features_of(train, val, size):
-    "A function that gives a backbone's features on both splits, kept for the test that comes next."
+    "A function of a backbone: its features on both splits, kept for the test that comes next."
     last = []
     def features(backbone):
         if not last or last[0] is not backbone:
-            both = [labelled_features(backbone, data, train.classes, size) for data in (train, val)]
-            last[:] = backbone, both
+            of = lambda data: labelled_features(backbone, data, train.classes, size)
+            last[:] = backbone, (of(train), of(val))
         return last[1]
     return features
 
@@ -153,7 +156,8 @@ def look_at_matches(backbone, # in eval mode, on the CPU
     mean, std = (torch.tensor(v)[:, None, None] for v in (imagenet_mean, imagenet_std))  # (3,1,1)
     parts = []
     for first in range(0, min(n, len(images)), 32):
-        batch = default_collate([views[0, i] for i in range(first, min(first + 32, n, len(images)))])
+        last = min(first + 32, n, len(images))
+        batch = default_collate([views[0, i] for i in range(first, last)])
         pixels = (batch['view'].float()/255 - mean)/std            # (b,2,3,s,s)
         f = [backbone(v) for v in pixels.unbind(1)]                # (b,C,h,w) each
         index = torch.stack([match_sim(*f)[0], match_sim(*f[::-1])[0]], 1)  # (b,2,S)
@@ -163,7 +167,9 @@ def look_at_matches(backbone, # in eval mode, on the CPU
     return match_health(index, overlap(box, flip, grid), box, flip, grid)
 
 # %% ../nbs/22_study.ipynb #22-16
-columns = ['data', 'backbone', 'variant', 'epochs', 'steps', 'seconds', 'seed', 'task', 'score', 'value']
+columns = ['data', 'backbone', 'variant', 'epochs', 'steps', 'seconds', 'seed',
+           'task', 'score', 'value']
+_names_a_score = ['data', 'backbone', 'variant', 'epochs', 'seed', 'task', 'score']
 
 def read_study(folder):
     "The table of a study; empty where nothing was scored yet."
@@ -171,14 +177,15 @@ def read_study(folder):
     if not path.exists(): return pd.DataFrame(columns=columns)
     table = pd.read_csv(path)
     missing = [c for c in columns if c not in table]
-    if missing: raise ValueError(f"{str(path)!r} is no table of a study: it has no {', '.join(missing)}")
-    return table.drop_duplicates(['data', 'backbone', 'variant', 'epochs', 'seed', 'task', 'score'], keep='last')
+    if not missing: return table.drop_duplicates(_names_a_score, keep='last')
+    raise ValueError(f"{str(path)!r} is no table of a study: it has no {', '.join(missing)}")
 
-def add_rows(folder, about, task, scores): # dict of what the run was, name of the test, dict of its scores
+def add_rows(folder, about, task, scores): # dict of what the run was, the test, dict of its scores
     "Adds lines to the table, whole ones even if the process ends in between."
     path = Path(folder)/'study.csv'
     rows = [about | dict(task=task, score=score, value=value) for score, value in scores.items()]
-    text = pd.DataFrame(rows, columns=columns).round(4).to_csv(index=False, header=not path.exists())
+    table = pd.DataFrame(rows, columns=columns).round(4)
+    text = table.to_csv(index=False, header=not path.exists())
     with open(path, 'a') as file: file.write(text)
 
 def jobs(config): # StudyConfig
@@ -198,8 +205,9 @@ def remember(folder, given): # dict of the runs' other parameters
     given = given | dict(data=Path(given.get('data') or 'scenes').name)  # wherever that lies
     there = json.loads(path.read_text()) if path.exists() else given
     names = sorted((there.keys() | given.keys()) - _may_differ)
-    other = [f'{n} {there.get(n)!r}, now {given.get(n)!r}' for n in names if there.get(n) != given.get(n)]
-    if other: raise ValueError(f"{folder} holds a study with {'; '.join(other)}. Choose another `out`")
+    pairs = [(n, there.get(n), given.get(n)) for n in names]
+    other = '; '.join(f'{n} {was!r}, now {now!r}' for n, was, now in pairs if was != now)
+    if other: raise ValueError(f"{folder} holds a study with {other}. Choose another `out`")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(there, indent=1))
 
@@ -229,15 +237,16 @@ def about_run(job, training): # one of `jobs`, its run
     variant, epochs, seed = job
     c, run = training.config, training.run
     data = 'built-in scenes' if c.data == 'scenes' else Path(c.data).name
-    return dict(data=data, backbone=f"{c.backbone}/{c.stride or 'own'}", variant=variant, epochs=epochs,
-                steps=run.step, seconds=round(run.seconds), seed=seed)
+    return dict(data=data, backbone=f"{c.backbone}/{c.stride or 'own'}", variant=variant,
+                epochs=epochs, steps=run.step, seconds=round(run.seconds), seed=seed)
 
 def matches(training): # a run
     "`look_at_matches` on the images and views of a run as a test: a function of a backbone."
     c = training.config
     return lambda backbone: look_at_matches(backbone, training.images, c.size, c.min_scale)
 
-def run_study(config, given, tests, show=print): # StudyConfig, dict, of `study_tests`, called with lines
+def run_study(config, given, # StudyConfig, other parameters of the runs (dict)
+              tests, show=print): # of `study_tests`, called with a line for each run
     "Trains what is not trained and scores what is not scored; returns whether all is there."
     until = time.time() + 60*config.minutes if config.minutes else math.inf
     remember(config.out, given)
@@ -249,7 +258,8 @@ def run_study(config, given, tests, show=print): # StudyConfig, dict, of `study_
         if not wanted: continue
         if time.time() > until: return False
         training = run_of(config, job, given)
-        backbone = random_weights(training.config) if job[0] == 'random' else trained(training, until)
+        if job[0] == 'random': backbone = random_weights(training.config)
+        else: backbone = trained(training, until)
         if backbone is None: return False
         about, every = about_run(job, training), dict(matches=matches(training)) | tests
         for task in wanted: add_rows(config.out, about, task, every[task](backbone))
@@ -258,14 +268,14 @@ def run_study(config, given, tests, show=print): # StudyConfig, dict, of `study_
 
 # %% ../nbs/22_study.ipynb #22-27
 def paired_difference(values, base): # one for each seed, as Series by seed
-    "Mean of the differences of equal seeds, ends of its 95 % interval (NaN below three), number of seeds."
+    "Mean difference of equal seeds, its 95 % interval (NaN below three), how many there are."
     d = (values - base).dropna().to_numpy()                        # (n,)
     low, high = math.nan, math.nan
     if len(d) > 2 and np.ptp(d) > 0:
         found = bootstrap((d,), np.mean, n_resamples=9999, method='percentile', rng=0)
         low, high = found.confidence_interval
     elif len(d) > 2: low = high = d[0]
-    return dict(difference=d.mean() if len(d) else math.nan, low=low, high=high, n=len(d))
+    return dict(difference=d.mean() if len(d) else math.nan, low=low, high=high, pairs=len(d))
 
 # %% ../nbs/22_study.ipynb #22-30
 def summary_table(table, # of `read_study`
@@ -275,13 +285,15 @@ def summary_table(table, # of `read_study`
     rows = []
     for (epochs, variant), part in own.groupby(['epochs', 'variant'], sort=False):
         values = part.set_index('seed')['value']
-        other = own[(own['epochs'] == epochs) & (own['variant'] == base)].set_index('seed')['value']
+        other = own[(own['epochs'] == epochs) & (own['variant'] == base)]
+        other = other.set_index('seed')['value']
         row = dict(epochs=epochs, steps=part['steps'].max(), variant=variant, n=len(values),
                    mean=values.mean(), deviation=values.std())
-        if variant not in (base, 'random'): row |= paired_difference(values, other) | dict(n=len(values))
+        if variant not in (base, 'random'): row |= paired_difference(values, other)
         rows.append(row)
     rows.sort(key=lambda row: (row['epochs'], rank(row['variant'])))
-    names = ['epochs', 'steps', 'variant', 'n', 'mean', 'deviation', 'difference', 'low', 'high']
+    names = ['epochs', 'steps', 'variant', 'n', 'mean', 'deviation',
+             'difference', 'low', 'high', 'pairs']
     return pd.DataFrame(rows, columns=names)
 
 # %% ../nbs/22_study.ipynb #22-33
@@ -290,11 +302,12 @@ def in_words(row): # of `summary_table`, with a difference
     name = variant_title(row['variant'])
     if math.isnan(row['difference']): return f'{name}: no seed in common with MoCo-v2+.'
     start = f"After {row['epochs']} epochs {name} is at {row['mean']:.1f}"
-    apart = f"{abs(row['difference']):.1f} {'above' if row['difference'] > 0 else 'below'} MoCo-v2+"
-    if math.isnan(row['low']): return f"{start}, {apart}: {row['n']} of the 3 seeds needed to tell."
-    interval = f"95 % interval {row['low']:+.1f} to {row['high']:+.1f}, {row['n']} seeds"
-    if row['low'] <= 0 <= row['high']: return f'{start}, {apart}, but the order does not show ({interval}).'
-    return f'{start}, {apart} ({interval}).'
+    side = 'above' if row['difference'] > 0 else 'below'
+    apart, n = f"{abs(row['difference']):.1f} {side} MoCo-v2+", int(row['pairs'])
+    if math.isnan(row['low']): return f'{start}, {apart}: {n} of the 3 seeds needed to tell.'
+    interval = f"95 % interval {row['low']:+.1f} to {row['high']:+.1f}, {n} seeds"
+    unclear = ', but the order does not show' if row['low'] <= 0 <= row['high'] else ''
+    return f'{start}, {apart}{unclear} ({interval}).'
 
 def verdict(table, task, score='miou'): # of `read_study`
     "A sentence for each method and budget of a study."
@@ -345,7 +358,7 @@ def show_study(table, # of `read_study`
 
 # %% ../nbs/22_study.ipynb #22-37
 def show_matches_found(table, size=3.6): # of `read_study`, height in inches
-    "How many feature matches are right and how many stay in place, against steps; returns the axes."
+    "Matches that are right and matches that stay in place, against steps; returns the axes."
     found = table[table['task'] == 'matches']
     fig, axes = plt.subplots(1, 2, figsize=(11.5, size), dpi=72, layout='constrained')
     for ax, name, alone in zip(axes, ('match_true', 'match_own_place'), ('if_stuck', 'if_right')):
@@ -379,7 +392,8 @@ def all_results(folder): # with runs, results and studies at any depth
     "Scores of studies and of other evaluations below a folder in one long table."
     parts = [study_results(folder), read_results(folder)]
     names = dict.fromkeys(name for part in parts for name in part['variant'].cat.categories)
-    whole = pd.concat([part.astype(dict(variant=object)) for part in parts if len(part)] or parts[1:])
+    parts = [part.astype(dict(variant=object)) for part in parts if len(part)] or parts[1:]
+    whole = pd.concat(parts)
     return whole.assign(variant=pd.Categorical(whole['variant'], list(names)))
 
 # %% ../nbs/22_study.ipynb #22-43

@@ -56,13 +56,13 @@ def test_difference_by_hand():
     "Seed by seed: 1, 2, 3; all 27 means of three draws lie from 1 to 3, the middle 95 % too."
     base, other = (scored(*v).set_index('seed')['value'] for v in ((40, 50, 60), (41, 52, 63)))
     d = paired_difference(other, base)
-    assert (d['difference'], d['n']) == (2, 3)
+    assert (d['difference'], d['pairs']) == (2, 3)
     assert 1 <= d['low'] < 4/3 and 8/3 < d['high'] <= 3
     assert paired_difference(other, base) == d                     # the bootstrap is seeded
     alike = paired_difference(base + 2, base)
     assert (alike['low'], alike['high']) == (2, 2)
     few = paired_difference(other[:2], base)
-    assert few['n'] == 2 and math.isnan(few['low'])
+    assert few['pairs'] == 2 and math.isnan(few['low'])
     assert math.isnan(paired_difference(other, base[:0])['difference'])
 
 
