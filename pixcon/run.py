@@ -405,8 +405,9 @@ def trained_backbone(run, # run folder of train.ipynb, its .safetensors file, or
     state, config, _ = read_run(run, encoder)
     backbone = make(config['backbone'], config['stride'] or None)
     own = backbone.state_dict()
-    names = dict(zip(library_weights(backbone, config['backbone']), own))
-    if own.keys() != state.keys(): state = {names.get(n, n): t for n, t in state.items()}
+    if own.keys() != state.keys():
+        names = dict(zip(library_weights(backbone, config['backbone']), own))
+        state = {names.get(n, n): t for n, t in state.items()}
     wrong = sorted(own.keys() ^ state.keys()) or [n for n, t in own.items() if t.shape != state[n].shape]
     if wrong:
         raise ValueError(f"{len(wrong)} weights of {str(run)!r} don't fit {config['backbone']!r} "

@@ -24,7 +24,7 @@ from scipy.stats import bootstrap
 from torch.utils.data import default_collate
 from .augment import TwoViews, imagenet_mean, imagenet_std
 from .config import check, check_out, default_out, param, refuse_unknown
-from .encoder import feature_shape, make_backbone
+from .encoder import make_backbone
 from .keypoints import open_pairs, pck
 from .labelled import open_labelled, which_labelled
 from .matching import match_health, match_sim, overlap
@@ -127,6 +127,7 @@ def _segment_test(name, train, val, size, features):
         return dict(miou=found['miou'])
     return test
 
+# %% ../nbs/22_study.ipynb #22-12
 def study_tests(config): # StudyConfig
     "Dict from a test's name to a function of a backbone that gives its scores."
     tests = {}
@@ -145,7 +146,7 @@ def study_tests(config): # StudyConfig
             tests[f'{name} {where}'] = _segment_test(name, train, val, size, features)
     return tests
 
-# %% ../nbs/22_study.ipynb #22-14
+# %% ../nbs/22_study.ipynb #22-15
 @torch.no_grad()
 def look_at_matches(backbone, # in eval mode, on the CPU
                     images, # uint8 (3,H,W) each
@@ -166,7 +167,7 @@ def look_at_matches(backbone, # in eval mode, on the CPU
     grid = tuple(f[0].shape[2:])
     return match_health(index, overlap(box, flip, grid), box, flip, grid)
 
-# %% ../nbs/22_study.ipynb #22-16
+# %% ../nbs/22_study.ipynb #22-17
 columns = ['data', 'backbone', 'variant', 'epochs', 'steps', 'seconds', 'seed',
            'task', 'score', 'value']
 _names_a_score = ['data', 'backbone', 'variant', 'epochs', 'seed', 'task', 'score']
@@ -196,7 +197,7 @@ def jobs(config): # StudyConfig
         for epochs in budgets:
             for variant in listed(config.variants): yield variant, epochs, seed
 
-# %% ../nbs/22_study.ipynb #22-19
+# %% ../nbs/22_study.ipynb #22-20
 _may_differ = {'workers', 'log_steps', 'save_minutes', 'save_epochs', 'compile', 'cache'}
 
 def remember(folder, given): # dict of the runs' other parameters
@@ -211,7 +212,7 @@ def remember(folder, given): # dict of the runs' other parameters
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(there, indent=1))
 
-# %% ../nbs/22_study.ipynb #22-21
+# %% ../nbs/22_study.ipynb #22-22
 def run_of(config, job, given): # StudyConfig, one of `jobs`, other parameters of the runs (dict)
     "A pre-training run of the study, not begun."
     variant, epochs, seed = job
@@ -231,7 +232,7 @@ def random_weights(config): # PretrainConfig
     torch.manual_seed(config.seed)
     return make_backbone(config.backbone, config.stride or None).eval()
 
-# %% ../nbs/22_study.ipynb #22-22
+# %% ../nbs/22_study.ipynb #22-23
 def about_run(job, training): # one of `jobs`, its run
     "The columns of the table that say what a run was."
     variant, epochs, seed = job
@@ -266,7 +267,7 @@ def run_study(config, given, # StudyConfig, other parameters of the runs (dict)
         show(f"{variant_title(job[0])}, {job[1]} epochs, seed {job[2]}: {', '.join(wanted)}")
     return True
 
-# %% ../nbs/22_study.ipynb #22-27
+# %% ../nbs/22_study.ipynb #22-28
 def paired_difference(values, base): # one for each seed, as Series by seed
     "Mean difference of equal seeds, its 95 % interval (NaN below three), how many there are."
     d = (values - base).dropna().to_numpy()                        # (n,)
@@ -277,7 +278,7 @@ def paired_difference(values, base): # one for each seed, as Series by seed
     elif len(d) > 2: low = high = d[0]
     return dict(difference=d.mean() if len(d) else math.nan, low=low, high=high, pairs=len(d))
 
-# %% ../nbs/22_study.ipynb #22-30
+# %% ../nbs/22_study.ipynb #22-31
 def summary_table(table, # of `read_study`
                   task, score='miou', base='moco'): # what was scored, method to compare with
     "Epochs, method, n, mean, deviation and the paired difference to the base, a line for each."
@@ -296,7 +297,7 @@ def summary_table(table, # of `read_study`
              'difference', 'low', 'high', 'pairs']
     return pd.DataFrame(rows, columns=names)
 
-# %% ../nbs/22_study.ipynb #22-33
+# %% ../nbs/22_study.ipynb #22-34
 def in_words(row): # of `summary_table`, with a difference
     "What a line of the table allows to say, a sentence."
     name = variant_title(row['variant'])
@@ -314,7 +315,7 @@ def verdict(table, task, score='miou'): # of `read_study`
     rows = summary_table(table, task, score).to_dict('records')
     return [in_words(row) for row in rows if row['variant'] not in ('random', 'moco')]
 
-# %% ../nbs/22_study.ipynb #22-36
+# %% ../nbs/22_study.ipynb #22-37
 task_names = dict(linear='linear probe', knn='k-NN', logistic='logistic probe', kmeans='k-means',
                   keypoints='keypoints')
 _method_colours = dict(zip(methods, colours))                      # late ones are dashed
@@ -356,7 +357,7 @@ def show_study(table, # of `read_study`
     sns.despine()
     return axes[0]
 
-# %% ../nbs/22_study.ipynb #22-37
+# %% ../nbs/22_study.ipynb #22-38
 def show_matches_found(table, size=3.6): # of `read_study`, height in inches
     "Matches that are right and matches that stay in place, against steps; returns the axes."
     found = table[table['task'] == 'matches']
@@ -370,7 +371,7 @@ def show_matches_found(table, size=3.6): # of `read_study`, height in inches
     sns.despine()
     return axes
 
-# %% ../nbs/22_study.ipynb #22-40
+# %% ../nbs/22_study.ipynb #22-41
 def study_results(folder): # with studies at any depth
     "Scores of all studies below a folder, as `read_results` gives those of other evaluations."
     tables = [read_study(path.parent) for path in sorted(Path(folder).rglob('study.csv'))]
@@ -396,7 +397,7 @@ def all_results(folder): # with runs, results and studies at any depth
     whole = pd.concat(parts)
     return whole.assign(variant=pd.Categorical(whole['variant'], list(names)))
 
-# %% ../nbs/22_study.ipynb #22-43
+# %% ../nbs/22_study.ipynb #22-44
 def as_markdown(table): # of `results_table`
     "A table with a line for each method as Markdown."
     head = ['', *(f'{task}, {score}' for task, score in table.columns)]

@@ -257,12 +257,12 @@ def fit(self:Pretraining, until=math.inf): # seconds since 1970 at which one pro
     "Trains to the end of the run, logging and saving on the way; returns the log."
     self.begin()
     for parts in self.steps():
-        if time.time() > until: break
         self.note_unread(parts)
         out = self.train_step(parts)
         if self.run.reports() or self.run.step % self.steps_per_epoch == 0:
             self.refuse_unread()
             self.run.report(self.log_line(out))
+            if time.time() > until: break                          # gradients up to here are checked
     self.finish()
     return self.run.log()
 
