@@ -182,7 +182,7 @@ def uninformed_loss(n, # number of negatives
     few = step*((-log_t.exp()).exp() - all_terms).sum().item()     # E[log S], at most 0
     return math.log(n+1) + many + few
 
-# %% ../nbs/07_loss.ipynb #07-46
+# %% ../nbs/07_loss.ipynb #07-48
 def own_key_fraction(queue, # K, keys in the queue
                      images): # N, images of an epoch
     "Fraction of queries with an older key of their own image in the queue (from the second epoch on)."
@@ -193,7 +193,7 @@ def own_key_fraction(queue, # K, keys in the queue
         return epochs**2/2
     return 1 - (2 - epochs)**2/2
 
-# %% ../nbs/07_loss.ipynb #07-52
+# %% ../nbs/07_loss.ipynb #07-54
 def default_queue(images, # N, images of an epoch
                   batch, # images per step, over all processes
                   most=65536): # the paper's length

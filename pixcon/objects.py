@@ -24,13 +24,13 @@ from .data import read_image
 from .plot import colours, show_image
 from .scenes import scene_classes
 
-# %% ../nbs/18_objects.ipynb #18-07
+# %% ../nbs/18_objects.ipynb #18-11
 def encode_mask(mask): # (H,W)
     "Run lengths of a mask, as JSON takes them."
     code = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
     return code | dict(counts=code['counts'].decode())
 
-# %% ../nbs/18_objects.ipynb #18-07c
+# %% ../nbs/18_objects.ipynb #18-14
 def _annotations(semantic, instance, image_id, least): # (H,W) each
     "COCO's entry for each object of a scene."
     found = []
@@ -49,7 +49,7 @@ def _annotations(semantic, instance, image_id, least): # (H,W) each
             iscrowd=int(area < least)))
     return found
 
-# %% ../nbs/18_objects.ipynb #18-08
+# %% ../nbs/18_objects.ipynb #18-15
 def write_coco(scenes, # Scenes
                folder, # where to write
                name='train', # of this part of the data set
@@ -73,7 +73,7 @@ def write_coco(scenes, # Scenes
     (folder/'annotations'/f'instances_{name}.json').write_text(json.dumps(content))
     return folder
 
-# %% ../nbs/18_objects.ipynb #18-11
+# %% ../nbs/18_objects.ipynb #18-18
 _needed = dict(
     images=('id', 'file_name', 'height', 'width'),
     categories=('id', 'name'),
@@ -100,7 +100,7 @@ def _check_content(content):
             if a[name] not in ids:
                 raise ValueError(f"an annotation has {name} {a[name]}, which is not among the {part}")
 
-# %% ../nbs/18_objects.ipynb #18-12
+# %% ../nbs/18_objects.ipynb #18-20
 def coco_index(source): # file or dict
     "pycocotools' index of annotations in COCO's form, numbered from 1."
     if not isinstance(source, dict):
@@ -119,7 +119,7 @@ def coco_index(source): # file or dict
         coco.createIndex()
     return coco
 
-# %% ../nbs/18_objects.ipynb #18-13
+# %% ../nbs/18_objects.ipynb #18-23
 def _corners(a, info):
     "Left, top, right, bottom of an annotation's box, inside the image."
     x, y, w, h = a['bbox']
@@ -151,7 +151,7 @@ class Objects:
                 f"{len(bare)} objects have no mask, the first in image {bare[0]['image_id']}: "
                 "read boxes only (masks off)")
 
-# %% ../nbs/18_objects.ipynb #18-13a
+# %% ../nbs/18_objects.ipynb #18-24
 @patch
 def objects(self:Objects, image_id):
     "Annotations to learn from: no crowd, some area."
@@ -162,7 +162,7 @@ def objects(self:Objects, image_id):
             found.append(a)
     return found
 
-# %% ../nbs/18_objects.ipynb #18-14
+# %% ../nbs/18_objects.ipynb #18-25
 @patch
 def image(self:Objects, i): # (3,H,W)
     "Image i, of the size that its annotation says."
@@ -175,7 +175,7 @@ def image(self:Objects, i): # (3,H,W)
             f"its annotation says {size[0]} x {size[1]}")
     return x
 
-# %% ../nbs/18_objects.ipynb #18-15
+# %% ../nbs/18_objects.ipynb #18-26
 @patch
 def __getitem__(self:Objects, i): # image (3,H,W), and boxes (n,4), labels (n,), masks (n,H,W)
     image, info, found = self.image(i), self.coco.imgs[self.ids[i]], self.objects(self.ids[i])
@@ -191,7 +191,7 @@ def __getitem__(self:Objects, i): # image (3,H,W), and boxes (n,4), labels (n,),
         target['masks'] = tv_tensors.Mask(masks.reshape(-1, *size))  # (n,H,W)
     return tv_tensors.Image(image), target
 
-# %% ../nbs/18_objects.ipynb #18-16b
+# %% ../nbs/18_objects.ipynb #18-29
 @patch
 def take(self:Objects,
          n, # how many, 0 for all
@@ -202,7 +202,7 @@ def take(self:Objects,
     some.ids = [self.ids[i] for i in sorted(chosen)]
     return some
 
-# %% ../nbs/18_objects.ipynb #18-18
+# %% ../nbs/18_objects.ipynb #18-32
 def _name_box(ax, left, top, text, colour, inside):
     "Writes a name at the upper left corner of a box, inside it or above it."
     ax.text(max(left, 0), top, text, va='top' if inside else 'bottom',
@@ -215,7 +215,8 @@ def show_objects(image, # uint8 (3,H,W)
                  title=None, # text above
                  size=3., # height of a new figure in inches
                  least=.5, # lowest score drawn
-                 names=True): # whether names are written
+                 names=True, # whether names are written
+                 **kwargs): # passed on to `imshow`
     "Draws boxes, masks and names on an image and returns the axes."
     target = {n: v.detach().cpu().as_subclass(torch.Tensor) for n, v in target.items()}
     if 'scores' in target:
@@ -224,7 +225,7 @@ def show_objects(image, # uint8 (3,H,W)
     if len(target.get('masks', ())):
         fill = [tuple(round(255*v) for v in shade) for shade in shades]
         image = draw_segmentation_masks(image.cpu(), target['masks'].bool(), alpha=.5, colors=fill)
-    ax = show_image(image, ax, title, size)
+    ax = show_image(image, ax, title, size, **kwargs)
     for i, (left, top, right, bottom) in enumerate(target['boxes'].tolist()):
         ax.add_patch(Rectangle((left-.5, top-.5), right-left, bottom-top,
                                fill=False, lw=1.5, ec=shades[i]))
@@ -235,7 +236,7 @@ def show_objects(image, # uint8 (3,H,W)
             _name_box(ax, left, top, text, shades[i], inside=top < .08*image.shape[1])
     return ax
 
-# %% ../nbs/18_objects.ipynb #18-21
+# %% ../nbs/18_objects.ipynb #18-36
 voc_classes = (
     'aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow',
     'diningtable', 'dog', 'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa',
@@ -263,7 +264,7 @@ def _voc_objects(path, image_id):
             difficult=int(o.findtext('difficult') or 0)))
     return size, found
 
-# %% ../nbs/18_objects.ipynb #18-22
+# %% ../nbs/18_objects.ipynb #18-37
 def read_voc(root, # VOCdevkit, the folder with VOC2007 and VOC2012
              parts): # pairs of year and list, such as ('2007', 'trainval')
     "Boxes of VOC in COCO's form; file names count from root."
@@ -278,7 +279,7 @@ def read_voc(root, # VOCdevkit, the folder with VOC2007 and VOC2012
     categories = [dict(id=i+1, name=n) for i, n in enumerate(voc_classes)]
     return dict(images=images, annotations=found, categories=categories)
 
-# %% ../nbs/18_objects.ipynb #18-26
+# %% ../nbs/18_objects.ipynb #18-42
 def _coco_part(root, word, masks):
     "The part of a COCO folder whose name begins with a word."
     found = {}
@@ -296,7 +297,7 @@ def _coco_part(root, word, masks):
         raise FileNotFoundError(f"{str(root)!r} has no folder {name!r} with the images")
     return Objects(images, found[name], masks, empty=word != 'train')
 
-# %% ../nbs/18_objects.ipynb #18-26a
+# %% ../nbs/18_objects.ipynb #18-43
 def which_objects(data): # folder
     "The data set's folder and its kind, 'coco' or 'voc'."
     root = Path(data).expanduser()
@@ -309,7 +310,7 @@ def which_objects(data): # folder
         f"{str(root)!r} is neither a COCO folder (it has no annotations/) "
         "nor a VOCdevkit (it has no VOC2007/)")
 
-# %% ../nbs/18_objects.ipynb #18-27
+# %% ../nbs/18_objects.ipynb #18-44
 def open_objects(data, # a COCO folder, as below, or VOCdevkit
                  masks=True): # read masks, too (VOC is read without)
     "Images to learn from and images to score: (Objects, Objects)."

@@ -537,6 +537,6 @@ def trained_segmenter(config, classes): # SegmentConfig of a run that ended, how
     model.load_state_dict(read_file(Path(config.out)/'checkpoint.pt')['model'])
     return model.eval()
 
-# %% ../nbs/17_segment.ipynb #17-76
+# %% ../nbs/17_segment.ipynb #17-79
 if __name__ == '__main__' and '__file__' in globals():
     main('pixcon.segment', SegmentConfig, segment)
