@@ -128,7 +128,8 @@ class PretrainConfig(RunConfig):
     blur_sigma: float = param(2., 'largest sigma of the blur in pixels of a view', least=.1)
     scenes: int = param(256, 'how many built-in scenes', least=2)
     scene_size: int = param(96, 'their side in pixels', least=16)
-    compile: str = param('auto', 'torch.compile, auto: long runs on a GPU', ('auto', 'on', 'off'))
+    compile: str = param('auto', 'torch.compile, auto: long runs on one GPU', ('auto', 'on', 'off'))
+    deterministic: bool = param(False, 'the same bits on the same GPU again, slower')
     cache: str = param('auto', 'decoded images kept in memory', ('auto', 'ram', 'off'))
     save_epochs: int = param(
         10, 'epochs between two checkpoints, 0 for by time only', least=0)

@@ -39,12 +39,12 @@ from torchvision.transforms import v2
 from .augment import imagenet_mean, imagenet_std
 from .config import (RunConfig, check, check_out, default_out, param, resolve,
                            variant)
-from .distributed import (device, gather_objects, joined, main, rank, share_buffers,
-                                shared, world)
+from .distributed import (device, gather_objects, main, rank, share_buffers,
+                                share_norms, shared, world)
 from .encoder import make_backbone
 from .model import mean_over_processes
 from .objects import encode_mask, open_objects, which_objects, write_coco
-from .run import (Run, autocast, fingerprint, loader_workers, make_optimizer,
+from .run import (Run, autocast, fingerprint, loader_workers, loading, make_optimizer,
                         precision, read_run, step_if_finite, trained_backbone)
 from .scenes import Scenes
 
@@ -156,10 +156,6 @@ def stage_maps(backbone, # of `make_backbone`
     return {stride: part for stride, part in found.items() if stride >= finest}, names
 
 # %% ../nbs/19_detect.ipynb #19-23
-def _synchronises():
-    "Whether torch can take batch statistics over the processes, or needs not."
-    return torch.cuda.is_available() or not joined()
-
 def _frozen(norm):
     "A batch norm with fixed statistics, scale and shift."
     frozen = FrozenBatchNorm2d(norm.num_features, norm.eps)
@@ -170,8 +166,7 @@ def _frozen(norm):
 
 def _set_norm(module, norm):
     "The module with its batch norms frozen or made synchronous."
-    if norm == 'sync' and _synchronises():
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    if norm == 'sync': return share_norms(module)
     if norm != 'frozen': return module
     for name, part in list(module.named_modules()):
         if isinstance(part, nn.BatchNorm2d):
@@ -436,8 +431,9 @@ def own_items(step, batch): # batch: images in a step
 def batches(data, config, steps): # Objects, DetectConfig, which steps
     "Loader of this process's part of some steps: lists of images and of targets."
     parts = [own_items(k, config.batch) for k in steps]
-    return DataLoader(Draws(data, config.seed), batch_sampler=parts, collate_fn=_together,
-                      num_workers=loader_workers(config.workers))
+    pixels = config.batch//world()*config.short*config.longest     # at most, before the masks
+    how = loading(config.workers, 3*pixels)
+    return DataLoader(Draws(data, config.seed), batch_sampler=parts, collate_fn=_together, **how)
 
 def to_device(images, targets, device):
     "A batch on the device, images as floats from 0 to 1."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['joined', 'rank', 'world', 'device', 'join', 'leave', 'gather_objects', 'gather_tensor', 'sum_over_processes',
-           'shared', 'share_buffers', 'end_with', 'main', 'check_processes', 'launch']
+           'SharedBatchNorm', 'share_norms', 'shared', 'share_buffers', 'end_with', 'main', 'check_processes', 'launch']
 
 # %% ../nbs/11_distributed.ipynb #11-02
 import inspect
@@ -13,10 +13,14 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections import deque
 from pathlib import Path
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 from .config import command_line
 
 # %% ../nbs/11_distributed.ipynb #11-07
@@ -44,7 +48,9 @@ def join():
         if here > torch.cuda.device_count():
             raise ValueError(f'{here} processes need {here} GPUs, this machine has {torch.cuda.device_count()}')
         torch.cuda.set_device(local)
-    dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
+        gpu = torch.device('cuda', local)
+        dist.init_process_group('cpu:gloo,cuda:nccl', device_id=gpu)
+    else: dist.init_process_group('gloo')
 
 def leave():
     "Parts from the other processes."
@@ -70,25 +76,92 @@ def sum_over_processes(x): # tensor without gradient
     if world() > 1: dist.all_reduce(x)
     return x
 
-# %% ../nbs/11_distributed.ipynb #11-15
+# %% ../nbs/11_distributed.ipynb #11-17
+def _statistics(x): # (N,C,...)
+    "How many numbers a channel has over all processes, its mean and variance (C,), in double."
+    own = x.numel()//x.shape[1]
+    var, mean = torch.var_mean(x.float(), [d for d in range(x.ndim) if d != 1], correction=0)
+    var, mean = var.double(), mean.double()                        # (C,) each
+    sums = torch.cat([own*mean, own*(var + mean**2), mean.new_full((1,), own)])
+    sums = sum_over_processes(sums)                                # (2C+1,)
+    mean, square = (sums[:-1]/sums[-1]).chunk(2)                   # (C,) each
+    return sums[-1], mean, square - mean**2
+
+class _Normalise(torch.autograd.Function):
+    "Batch norm by statistics of all processes."
+    @staticmethod
+    def forward(ctx, x, weight, bias, count, mean, var, eps): # (N,C,...), (C,), (C,), scalar, (C,), (C,)
+        ctx.save_for_backward(x, weight, count, mean, var)
+        ctx.eps = eps
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g): # (N,C,...)
+        x, weight, count, mean, var = ctx.saved_tensors
+        constant = g, x, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
+        _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(*constant)
+        sums = sum_over_processes(torch.stack([of_bias, of_weight]))  # (2,C) of g, of g times normalised x
+        mean_g, mean_gx = sums/count                               # (C,) each
+        rate = (var + ctx.eps).rsqrt()
+        of_g, of_x = weight*rate, -weight*rate**2*mean_gx
+        rest = -of_g*mean_g - of_x*mean
+        of_g, of_x, rest = (v.view(1, -1, *[1]*(x.ndim - 2)) for v in (of_g, of_x, rest))
+        dx = (of_g*g + (of_x*x + rest)).to(x.dtype)                # (N,C,...)
+        return dx, of_weight, of_bias, None, None, None, None
+
+# %% ../nbs/11_distributed.ipynb #11-19
+class SharedBatchNorm(_BatchNorm):
+    "Batch norm with the statistics of all processes; alone, torch's own."
+    def _check_input_dim(self, x): pass
+    def remember(self, count, mean, var): # over all processes
+        "Moves the running statistics."
+        self.num_batches_tracked.add_(1)
+        rate = 1/self.num_batches_tracked.float() if self.momentum is None else self.momentum
+        unbiased = var*count/(count - 1).clamp(min=1)
+        self.running_mean.lerp_(mean.to(self.running_mean), rate)
+        self.running_var.lerp_(unbiased.to(self.running_var), rate)
+    def forward(self, x): # (N,C,...)
+        if not self.training or world() == 1: return super().forward(x)
+        count, mean, var = _statistics(x.detach())
+        if self.track_running_stats: self.remember(count, mean, var)
+        weight = torch.ones_like(mean).float() if self.weight is None else self.weight
+        bias = torch.zeros_like(mean).float() if self.bias is None else self.bias
+        return _Normalise.apply(x, weight, bias, count.float(), mean.float(), var.float(), self.eps)
+
+class _SharedBatchNormAct(SharedBatchNorm):
+    "The same of timm's layers that drop and activate, too."
+    def forward(self, x): return self.act(self.drop(super().forward(x)))
+
+_plain_norms = torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d, torch.nn.SyncBatchNorm
+
+def share_norms(module):
+    "Makes a module's batch norms take the statistics of all processes, and returns the module."
+    for name, norm in module.named_modules():
+        if not isinstance(norm, _BatchNorm) or isinstance(norm, SharedBatchNorm): continue
+        if type(norm) in _plain_norms: norm.__class__ = SharedBatchNorm
+        elif hasattr(norm, 'drop') and hasattr(norm, 'act'): norm.__class__ = _SharedBatchNormAct
+        else: warnings.warn(f'{name} is a {type(norm).__name__}, whose statistics stay those of each process')
+    return module
+
+# %% ../nbs/11_distributed.ipynb #11-23
 def shared(model, device, # 'cpu' or 'cuda'
-           synchronise=True): # batch norm over all processes, on GPUs
+           synchronise=True): # batch norm over all processes
     "The model as one of several processes has it, the model itself if there is one."
     if world() == 1: return model
-    if synchronise and device == 'cuda': torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if synchronise: share_norms(model)
     wrap = torch.nn.parallel.DistributedDataParallel
     known = inspect.signature(wrap).parameters
     buffers = next(n for n in ('forward_sync_buffers', 'broadcast_buffers') if n in known)  # torch 2.14 renamed it
     ids = [torch.cuda.current_device()] if device == 'cuda' else None
     return wrap(model, ids, init_sync=False, **{buffers: False})
 
-# %% ../nbs/11_distributed.ipynb #11-17
+# %% ../nbs/11_distributed.ipynb #11-25
 def share_buffers(model):
     "Gives all processes the first one's buffers, batch norm's running statistics among them."
     if world() == 1: return
     for buffer in model.buffers(): dist.broadcast(buffer, 0)
 
-# %% ../nbs/11_distributed.ipynb #11-19
+# %% ../nbs/11_distributed.ipynb #11-27
 def end_with(pid):
     "Ends this process when another one is gone."
     def gone():
@@ -99,7 +172,7 @@ def end_with(pid):
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/11_distributed.ipynb #11-21
+# %% ../nbs/11_distributed.ipynb #11-29
 def main(prog, kind, train, # its name, record of its parameters, function of them by name
          words=None): # command line, None for this process's own
     "Runs a training from the command line, under torchrun as one of its processes."
@@ -108,11 +181,11 @@ def main(prog, kind, train, # its name, record of its parameters, function of th
     try:
         if int(os.environ.get('WORLD_SIZE', 1)) > 1: join()
         train(**given)
-    except (ValueError, TypeError, OSError, FloatingPointError) as e:
+    except (ValueError, TypeError, OSError, FloatingPointError, MemoryError) as e:
         sys.exit(f'{prog}: {e}')
     leave()
 
-# %% ../nbs/11_distributed.ipynb #11-24
+# %% ../nbs/11_distributed.ipynb #11-32
 def check_processes(processes):
     "Raises ValueError unless it is a whole number that this machine has GPUs for, if it has any."
     if type(processes) is not int or processes < 1:
@@ -145,3 +218,4 @@ def launch(module, given, processes, # such as 'pixcon.training', its parameters
     finally:
         child.terminate()
         child.wait()
+        child.stdout.close()

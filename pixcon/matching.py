@@ -102,8 +102,8 @@ def _within(box, centres, index, grid, max_dist):
     "Whether matched centres are at most max_dist diagonals of the larger cell apart, (B,2,S)."
     query, key = centres.flatten(2, 3), centres.flatten(2, 3).flip(1)  # (B,2,S,2) each
     key = key.gather(2, index[..., None].expand_as(key))           # (B,2,S,2)
-    cell = box[..., 2:].double()/torch.tensor(grid, device=box.device)  # (B,2,2)
-    diagonal = cell.norm(dim=-1).amax(1)[:, None, None]            # (B,1,1)
+    height, width = (box[..., 2+d].double()/grid[d] for d in (0, 1))  # (B,2) each, of a cell
+    diagonal = torch.hypot(height, width).amax(1)[:, None, None]   # (B,1,1)
     return (query - key).norm(dim=-1) <= max_dist*diagonal
 
 # %% ../nbs/05_matching.ipynb #05-28

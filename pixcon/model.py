@@ -42,7 +42,8 @@ class PixCon(nn.Module):
         self.tau, self.power = tau, power
         self.overlap_rule, self.max_dist = overlap_rule, max_dist
         backbone = make_backbone(backbone, stride)
-        channels = feature_shape(backbone, size)[0]
+        channels, *grid = feature_shape(backbone, size)
+        self.grid = tuple(grid)                                    # cells of a view of `size` pixels
         self.online = Encoder(backbone, channels, hidden, dim)
         self.target = make_target(self.online)
         self.global_predictor = predictor(dim, hidden)
@@ -103,11 +104,13 @@ def mean_over_processes(x): # tensor without gradient
     dist.all_reduce(x)
     return x/dist.get_world_size()
 
-def _weighted_mean(loss, weights): # (M,), (M,) or None
+def _weighted_mean(loss, weights, total=None): # (M,), (M,) or None, what to divide by if not their sum
     "Mean over all cells of the batch, weighted; 0 where no cell has weight."
     if weights is None:
         return loss.mean()
-    return (weights*loss).sum()/mean_over_processes(weights.sum()).clamp(min=1e-6)
+    if total is None:
+        total = mean_over_processes(weights.sum())
+    return (weights*loss).sum()/total.clamp(min=1e-6)
 
 # %% ../nbs/08_model.ipynb #08-18
 @patch
@@ -119,7 +122,8 @@ def dense_keys(self:PixCon, f_k): # (B,C,h,w)
 
 @patch
 def dense_direction(self:PixCon, f_q, f_k, # (B,C,h,w) each
-                    index, weights): # (B,S), (B,S) or None
+                    index, weights, # (B,S), (B,S) or None
+                    total=None): # what to divide the weighted sum by, None for the sum of the weights
     """Dense loss of one direction, the keys for the queue (B,D),
     and each cell's cosine to its positive (B*S,)."""
     q = self.online.dense_head(f_q).flatten(2).mT.flatten(0, 1)    # (B*S,D)
@@ -130,7 +134,7 @@ def dense_direction(self:PixCon, f_q, f_k, # (B,C,h,w) each
     loss = info_nce(q, positive, self.dense_queue.negatives(), self.tau)  # (B*S,)
     if weights is not None:
         weights = weights.flatten()                                # (B*S,)
-    return _weighted_mean(loss, weights), keys, (q*positive).sum(1).detach()
+    return _weighted_mean(loss, weights, total), keys, (q*positive).sum(1).detach()
 
 @patch
 def image_direction(self:PixCon, f_q, f_k): # (B,C,h,w) each
@@ -146,7 +150,8 @@ def image_direction(self:PixCon, f_q, f_k): # (B,C,h,w) each
 @patch
 def forward(self:PixCon, view, # (B,2,3,H,W) float, normalised
             box, flip, # (B,2,4) crop boxes in pixels of the photo, (B,2) bool
-            inside=None): # (B,2,h,w) bool instead of the overlap of the boxes
+            inside=None, # (B,2,h,w) bool instead of the overlap of the boxes
+            totals=None): # (2,) what each direction's weighted sum is divided by, as from `weight_sums`
     "Loss (scalar) and a dict of its parts and diagnostics."
     if view.ndim != 5 or view.shape[1] != 2:
         raise ValueError(f"view has shape (B,2,3,H,W), got {tuple(view.shape)}")
@@ -158,7 +163,8 @@ def forward(self:PixCon, view, # (B,2,3,H,W) float, normalised
     dense = image = [self.image_direction(f_q[v], f_k[1-v]) for v in (0, 1)]
     if self.learns_dense:
         by_view = [None, None] if weights is None else weights.unbind(1)  # (B,S) each
-        dense = [self.dense_direction(f_q[v], f_k[1-v], index[:, v], by_view[v]) for v in (0, 1)]
+        totals = [None, None] if totals is None else totals.unbind()
+        dense = [self.dense_direction(f_q[v], f_k[1-v], index[:, v], by_view[v], totals[v]) for v in (0, 1)]
     waiting = self.dense_weight and not self.learns_dense
     keys = [self.dense_keys(f_k[1-v]) for v in (0, 1)] if waiting else dense
     loss_image = (1 - share)*(image[0][0] + image[1][0])
@@ -185,7 +191,22 @@ def update_target(self:PixCon, momentum):
     "Moves the target encoder towards the online encoder."
     update_target(self.online, self.target, momentum)
 
-# %% ../nbs/08_model.ipynb #08-31
+# %% ../nbs/08_model.ipynb #08-26
+@patch
+@torch.no_grad()
+def weight_sums(self:PixCon, view, box, flip): # as for `forward`, view of the size that the model was made for
+    "Sum of the cells' weights in each direction, mean over processes (2,), None where all cells count alike."
+    if self.matching == 'sim' and not self.reweight: return None
+    if self.matching == 'coord': weights = match_coord(box, flip, self.grid, self.max_dist)[1].float()  # (B,2,S)
+    else:
+        statistics = [b for n, b in self.named_buffers() if 'running_' in n or 'num_batches' in n]
+        before = [b.clone() for b in statistics]
+        f_q, f_k = ([net.backbone(v) for v in view.unbind(1)] for net in (self.online, self.target))  # (B,C,h,w) each
+        weights = self.match(f_q, f_k, box, flip)[3]               # (B,2,S)
+        for b, old in zip(statistics, before): b.copy_(old)
+    return mean_over_processes(weights.sum((0, 2)))
+
+# %% ../nbs/08_model.ipynb #08-34
 @torch.no_grad()
 def effective_rank(keys): # (n,D)
     "Exponential of the entropy of the covariance's eigenvalues: number of directions in use, at most D."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'write_checkpoint', 'load_pth', 'read_file', 'append_line', 'read_lines', 'read_log', 'precision',
-           'autocast', 'loader_workers', 'keep_memory', 'make_optimizer', 'step_if_finite', 'load_optimizer', 'Run',
-           'check_format', 'cut_lines', 'fingerprint', 'read_run', 'trained_backbone']
+           'autocast', 'loader_workers', 'loading', 'keep_memory', 'make_optimizer', 'step_if_finite', 'load_optimizer',
+           'Run', 'check_format', 'cut_lines', 'fingerprint', 'read_run', 'trained_backbone']
 
 # %% ../nbs/10_run.ipynb #10-02
 import ctypes
@@ -111,7 +111,29 @@ def loader_workers(workers, in_memory=False): # as asked for, -1 for what the ma
     known = hasattr(os, 'sched_getaffinity')
     cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
     cores //= int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    return 0 if cores <= 2 and in_memory else max(cores - 1, 1)
+    return 0 if cores <= 2 and in_memory else min(max(cores - 1, 1), 16)
+
+def _room_ahead():
+    "Bytes that batches of this process may take in /dev/shm: 3 GB, or half of what is free if that is less."
+    try: room = os.statvfs('/dev/shm')
+    except (OSError, AttributeError): return 3e9
+    return min(3e9, room.f_bavail*room.f_frsize/2)/int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+
+def loading(workers, batch_bytes, in_memory=False, # as for `loader_workers`, of one batch
+            room=None): # bytes that batches may take, None for what is free in /dev/shm
+    """How many processes load and how many batches each prepares, as arguments of a DataLoader.
+
+    Raises ValueError if there is no room for one batch."""
+    workers, room = loader_workers(workers, in_memory), room or _room_ahead()
+    if not workers: return dict(num_workers=0)
+    ahead = int(room/batch_bytes)
+    if not ahead:
+        raise ValueError(
+            f'a batch of {batch_bytes/1e6:.0f} MB is handed over through /dev/shm, where this process may '
+            f'take {room/1e6:.0f} MB: give the container more (docker run --shm-size=8g), '
+            'or load in the training process (workers 0)')
+    workers = min(workers, ahead)
+    return dict(num_workers=workers, prefetch_factor=min(4, ahead//workers))
 
 def keep_memory(on=True):
     "Lets the process keep what it frees for the next step (glibc only), or not."
@@ -297,14 +319,17 @@ def check_gradients(self:Run):
     flags = torch.stack([good for good, _ in self.pending]).tolist() if self.pending else []
     of_process = self.gather([names for _, names in self.pending])
     first = self.step - len(flags) + 1
+    overflow = self.finds_scale()
     for k, good in enumerate(flags):
         self.skipped += not good
-        self.consecutive_skips = 0 if good else self.consecutive_skips + 1
-        if good: continue
-        names = [name for process in of_process for name in process[k]]
-        self.append('skipped.jsonl', dict(step=first + k, images=names))
+        if good: self.consecutive_skips = 0
+        elif overflow: self.append('skipped.jsonl', dict(step=first + k, images=[], why='fp16 overflow'))
+        else:
+            self.consecutive_skips += 1
+            names = [name for process in of_process for name in process[k]]
+            self.append('skipped.jsonl', dict(step=first + k, images=names))
     self.pending.clear()
-    self.guard_statistics(all(flags))
+    self.guard_statistics(all(flags) or overflow)
     if self.consecutive_skips < 10: return
     raise FloatingPointError(
         f'the gradients of {self.consecutive_skips} steps in a row, up to step {self.step}, '
@@ -315,9 +340,16 @@ def check_gradients(self:Run):
 def guard_statistics(self:Run, good):
     "Remembers batch norm's statistics after good steps, puts them back after others."
     now = self.running()
-    if not good:
+    finite = not now or torch.stack([b.isfinite().all() for b in now]).all().item()  # read once
+    if good and finite: self.statistics = [b.clone() for b in now]
+    else:
         for b, old in zip(now, self.statistics): b.copy_(old)
-    elif all(b.isfinite().all() for b in now): self.statistics = [b.clone() for b in now]
+
+@patch
+def finds_scale(self:Run):
+    "Whether steps left out are the loss scaler's search for a scale that fp16 can hold: it is still above 1."
+    scaler = self.parts.get('scaler')
+    return scaler is not None and scaler.is_enabled() and scaler.get_scale() > 1
 
 # %% ../nbs/10_run.ipynb #10-38
 @patch

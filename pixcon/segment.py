@@ -41,7 +41,7 @@ from .encoder import feature_shape, make_backbone
 from .labelled import open_labelled, which_labelled
 from .model import mean_over_processes
 from .probe import scores
-from .run import (Run, autocast, fingerprint, keep_memory, loader_workers,
+from .run import (Run, autocast, fingerprint, keep_memory, loader_workers, loading,
                         make_optimizer, precision, read_file, read_run, step_if_finite,
                         trained_backbone)
 
@@ -381,8 +381,8 @@ def batches(data, # labelled images
     items = Augmented(data, config)
     begin = [k*config.batch + rank()*n for k in range(start, config.iterations)]
     parts = [range(p, p + n) for p in begin]
-    loader = DataLoader(items, batch_sampler=parts, num_workers=_workers(config),
-                        pin_memory=torch.cuda.is_available())
+    how = loading(_workers(config), n*4*config.crop_height*config.crop_width)
+    loader = DataLoader(items, batch_sampler=parts, pin_memory=torch.cuda.is_available(), **how)
     for part, (image, label) in zip(parts, loader):
         yield image, label, [image_name(data, items.index(p)) for p in part]
 

@@ -1,7 +1,9 @@
-"""One thread, no data of the machine's owner, and a warning of our own code is an error."""
+"""One thread, no GPU unless asked for, no data of the machine's owner, and a warning of our own code is an error."""
 import os
+import sys
 
 os.environ['OMP_NUM_THREADS'] = '1'                                # before torch: equal bits need equal threads
+if 'cuda' not in sys.argv: os.environ['CUDA_VISIBLE_DEVICES'] = ''   # pytest -m cuda: tests of the GPU itself
 for name in ('IN_TEST', 'PIXCON_DATA'): os.environ.pop(name, None)
 
 OURS = ['error:::pixcon', 'error:::tests', r'error:::test_\w+']
@@ -14,4 +16,5 @@ OF_OTHERS = [
 
 
 def pytest_configure(config):
+    config.addinivalue_line('markers', 'cuda: needs a GPU, run with `pytest -m cuda`')
     for line in [*OURS, *OF_OTHERS]: config.addinivalue_line('filterwarnings', line)

@@ -764,7 +764,7 @@ def shared_runs(scenes, tmp_path_factory):
     common = {**TINY, 'data': str(scenes), 'recipe': 'small', 'iterations': 4, 'batch': 4,
               'save_minutes': 0, 'optimizer': 'sgd', 'lr': .01, 'rois': 64}
     runs = {f'frozen-{amp}': common | dict(norm='frozen', amp=amp) for amp in PRECISIONS}
-    runs['sync'] = common | dict(norm='sync', precise_bn=2)
+    runs['sync'] = common | dict(norm='sync', precise_bn=2, amp='off')
     for n in (1, 2):
         torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={n}']
         script = [str(folder/'shared.py'), json.dumps(runs), str(folder), str(n)]
@@ -797,6 +797,13 @@ def test_two_processes_are_one(shared_runs, amp, bound):
     assert one['log'][0]['loss'] == pytest.approx(two['log'][0]['loss'], rel=1e-6)
     for n, t in one['model'].items():
         torch.testing.assert_close(two['model'][n], t, atol=bound/10, rtol=bound)
+
+
+def test_two_processes_share_batch_statistics(shared_runs):
+    "With batch norm trained: the first loss is that of one process, the next ones but for what training makes of noise."
+    one, two = (shared_runs(f'sync-{n}-0') for n in (1, 2))
+    assert one['log'][0]['loss'] == pytest.approx(two['log'][0]['loss'], rel=1e-4)
+    for a, b in zip(one['log'], two['log']): assert a['loss'] == pytest.approx(b['loss'], rel=2e-2)
 
 
 @pytest.mark.parametrize('batch', [1, 3])

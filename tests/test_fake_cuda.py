@@ -1,0 +1,43 @@
+"""Whole training steps on fake CUDA tensors: everything on its device, nothing waits for it, no GPU needed."""
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fake_cuda
+
+STEPS = ['', 'amp=fp16', 'amp=off', 'accumulate=2', 'optimizer=adamw', 'matching=coord',
+         'matching=coord max_dist=0.7', 'matching=coord accumulate=2', 'dense_weight=0', 'dense_weight=1',
+         'dense_start=0.5', 'reweight=off overlap_rule=floor', 'deterministic=on',
+         'backbone=shufflenet_v2_x1_0 stride=8 size=64', 'backbone=convnext_tiny amp=off']
+OTHERS = ['norms', 'log', 'resume', 'resume amp=off', 'segment', 'segment amp=off', 'segment head=deeplabv3 rate=2']
+
+absent = fake_cuda.missing()
+pytestmark = pytest.mark.skipif(bool(absent), reason=f"this torch, {torch.__version__}, has no "
+                                f"{', '.join(absent)}; checked with {fake_cuda.CHECKED_WITH}")
+
+
+def child(*words):
+    "What a case in a process of its own says."
+    environment = {n: v for n, v in os.environ.items() if n != 'PIXCON_AMP'}
+    command = [sys.executable, fake_cuda.__file__.replace('fake_cuda', 'fake_cuda_steps'), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.mark.parametrize('case', [f'step {c}'.strip() for c in STEPS] + OTHERS)
+def test_a_step_stays_on_its_device_and_never_waits(case):
+    done = child(*case.split())
+    assert done.returncode == 0 and 'well' in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+PLANTED = {
+    'host index': 'two devices', 'copy of a number': 'blocks', 'read loss': '_local_scalar_dense', 'blocking copy': 'blocks',
+    'mask': 'by a mask', 'momentum layout': 'fused kernel refuses', 'queue on the host': 'two devices'}
+
+
+@pytest.mark.parametrize('bug', PLANTED)
+def test_a_planted_bug_is_seen(bug):
+    done = child('step', 'matching=coord', 'max_dist=.7', f'plant={bug}')
+    assert done.returncode and PLANTED[bug] in done.stdout + done.stderr, done.stdout[-2000:] + done.stderr[-2000:]

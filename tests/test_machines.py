@@ -1,0 +1,159 @@
+"""Machines that are not this one: many cores, little shared memory, a GPU that is full, no compiler, fp16."""
+import os
+import tempfile
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pixcon import config, distributed, plan, run, training
+
+PAIR = 2*3*224*224                                                 # bytes of two views
+TINY = dict(data='scenes', scenes=8, batch=4, epochs=2, size=32, hidden=16, dim=8, queue=8, amp='off', workers=0)
+
+
+def made(**given): return training.Pretraining(*training.configure(**{**TINY, 'out': tempfile.mkdtemp() + '/run'} | given))
+
+
+@pytest.mark.parametrize('free', [64e6, 2e9, 500e9])
+@pytest.mark.parametrize('cores,processes', [(2, 1), (16, 1), (96, 1), (96, 8)])
+@pytest.mark.parametrize('batch', [8, 64, 512, 4096])
+def test_batches_ahead_have_a_bound(monkeypatch, cores, processes, batch, free):
+    "All processes together put at most 3 GB, and half of what is free, into /dev/shm; or it is said what to do."
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(cores)))
+    monkeypatch.setattr(os, 'statvfs', lambda path: SimpleNamespace(f_bavail=int(free)//4096, f_frsize=4096))
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))
+    part = batch//processes*PAIR
+    try: how = run.loading(-1, part)
+    except ValueError as e:
+        assert processes*part > min(3e9, free/2)
+        assert '--shm-size' in str(e) and 'workers 0' in str(e) and f'{part/1e6:.0f} MB' in str(e)
+        return
+    assert 1 <= how['num_workers'] <= min(16, max(cores//processes - 1, 1))
+    assert 1 <= how['prefetch_factor'] <= 4
+    assert processes*how['num_workers']*how['prefetch_factor']*part <= min(3e9, free/2)
+
+
+def test_loading_without_processes_asks_for_no_room(monkeypatch):
+    monkeypatch.setattr(os, 'statvfs', lambda path: SimpleNamespace(f_bavail=0, f_frsize=4096))
+    assert run.loading(0, 1e9) == dict(num_workers=0)
+
+
+def test_no_compiler(monkeypatch):
+    "Under auto a machine without one goes on eager, with a warning; asked for, its error is shown."
+    def none(f): raise RuntimeError('Failed to find C compiler. Please specify via CC\nand more')
+    monkeypatch.setattr(torch, 'compile', none)
+    with pytest.warns(UserWarning, match=r'left out \(Failed to find C compiler. Please specify via CC\)'):
+        assert not training.compiles('cpu')
+
+
+@pytest.mark.parametrize('choice,device,total,processes,works,wanted', [
+    ('auto', 'cuda', 5000, 1, True, 2), ('auto', 'cuda', 5000, 1, False, 0), ('auto', 'cuda', 5000, 2, True, 0),
+    ('auto', 'cuda', 4999, 1, True, 0), ('auto', 'cpu', 5000, 1, True, 0), ('on', 'cpu', 1, 1, False, 2),
+    ('off', 'cuda', 5000, 1, True, 0)])
+def test_when_to_compile(monkeypatch, choice, device, total, processes, works, wanted):
+    "In long runs on one GPU that has a compiler, or if asked for."
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self: compiled.append(self))
+    monkeypatch.setattr(training, 'compiles', lambda device: works)
+    monkeypatch.setattr(training, 'world', lambda: processes)
+    own = made(compile='off')
+    own.config.compile, own.device = choice, device
+    own.prepare(total)
+    assert len(compiled) == wanted
+
+
+@pytest.mark.parametrize('choice', [True, False])
+def test_deterministic(choice):
+    made(deterministic=choice)
+    assert torch.backends.cudnn.deterministic is choice and torch.backends.cudnn.benchmark is not choice
+
+
+def test_copies_of_weights_are_kept_once():
+    """ResNet-50 in bf16 at batch 512: 45 GB for the forward pass, and not 79 as if each image had its own weights.
+
+    48.7 GB were tracked on fake tensors, with what the loss keeps."""
+    own = made(recipe='paper', scenes=2048, batch=512, size=224, hidden=2048, dim=128, queue=512, amp='bf16')
+    held, image = training.memory(own)
+    assert 43e9 < 512*image < 48.7e9 and .3e9 < held < .8e9
+
+
+def test_parts_that_fit_are_named(monkeypatch):
+    own = made(batch=8, scenes=16)
+    held, image = training.memory(own)
+    assert training.too_large(own, room=held + 8*image) == ''
+    assert training.too_large(own, room=held + 5*image).endswith('accumulate 2 would fit')
+    assert training.too_large(own, room=held + 2*image).endswith('accumulate 4 would fit')
+    assert training.too_large(own, room=held + image).endswith('no accumulate makes it fit')
+    monkeypatch.setattr(training, 'free_memory', lambda device: held + 2*image)
+    assert 'NOT ENOUGH MEMORY: a step of 8 images in 1 parts' in plan.plan(own)
+
+
+def test_out_of_memory(monkeypatch):
+    "A step that meets the end of a GPU's memory ends with the plan's sentence."
+    own = made(batch=8, scenes=16)
+    held, image = training.memory(own)
+    def full(parts): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB')
+    own.train_step = full
+    monkeypatch.setattr(training, 'free_memory', lambda device: held + 5*image)
+    with pytest.raises(MemoryError, match='accumulate 2 would fit'): own.fit()
+    monkeypatch.setattr(training, 'free_memory', lambda device: None)
+    with pytest.raises(MemoryError, match='does not fit into the memory: try accumulate 2'): own.fit()
+
+
+@dataclass(kw_only=True)
+class Tiny(config.RunConfig):
+    "Parameters of a run that trains nothing."
+
+
+def flags_of(folder, good, scale):
+    "A run after steps with these flags, under a loss scaler with a scale."
+    net = torch.nn.Linear(2, 1)
+    scaler = torch.amp.GradScaler('cpu', init_scale=scale, enabled=scale > 0)
+    scaler.scale(torch.zeros(1))                                   # makes the scale
+    own = run.Run(Tiny(out=str(folder)), dict(model=net, scaler=scaler), total=100)
+    own.begin()
+    for k, flag in enumerate(good): own.advance(torch.tensor(flag), [f'image {k}'])
+    own.check_gradients()
+    return own
+
+
+def test_search_for_a_scale_is_no_bad_image(tmp_path):
+    "fp16 halves its scale until nothing overflows: such steps are counted and named, blame no image and stop no run."
+    own = flags_of(tmp_path/'fp16', [False]*12 + [True], 65536.)
+    assert (own.skipped, own.consecutive_skips) == (12, 0)
+    lines = run.read_lines(tmp_path/'fp16'/'skipped.jsonl')
+    assert [line['images'] for line in lines] == [[]]*12 and lines[0]['why'] == 'fp16 overflow'
+
+
+@pytest.mark.parametrize('scale', [0, .5])
+def test_with_nothing_to_halve_it_is_the_images(tmp_path, scale):
+    "Without a scaler, or with one that has come below 1, ten in a row stop the run."
+    own = flags_of(tmp_path/'few', [True, False, False], scale)
+    assert (own.skipped, own.consecutive_skips) == (2, 2)
+    assert run.read_lines(tmp_path/'few'/'skipped.jsonl')[0] == dict(step=2, images=['image 1'])
+    with pytest.raises(FloatingPointError, match='10 steps in a row'): flags_of(tmp_path/'ten', [False]*10, scale)
+
+
+def test_statistics_that_are_not_finite_are_put_back(tmp_path):
+    net = torch.nn.BatchNorm1d(2)
+    own = run.Run(Tiny(out=str(tmp_path/'run')), dict(model=net), total=100)
+    own.begin()
+    net.running_mean.fill_(torch.nan)
+    own.guard_statistics(True)
+    assert net.running_mean.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize('gpus', [0, 2])
+def test_both_kinds_of_tensors_travel(monkeypatch, gpus):
+    "On GPUs the group has gloo for what lies on the CPU, and each process is bound to its own GPU."
+    said = []
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: gpus)
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda n: said.append(n))
+    monkeypatch.setattr(distributed.dist, 'init_process_group', lambda *a, **k: said.append((a, k)))
+    distributed.join()
+    wanted = [1, (('cpu:gloo,cuda:nccl',), dict(device_id=torch.device('cuda', 1)))] if gpus else [(('gloo',), {})]
+    assert said == wanted
