@@ -234,6 +234,7 @@ def backward(self:Pretraining, part, # dict of tensors from the loader
         self.scaler.scale(loss/n).backward()
     return out
 
+# %% ../nbs/12_training.ipynb #12-22
 @patch
 def gathered(self:Pretraining, outs): # what forward returned for each part
     "The keys of the whole batch in the order of its images, from all parts and processes."
@@ -248,7 +249,7 @@ def enqueued_view(seed, step):
     "Which view's keys go into the queues at a step, 0 or 1 with equal chance."
     return int(np.random.default_rng((seed, step, 0, 1)).random() < .5)
 
-# %% ../nbs/12_training.ipynb #12-24
+# %% ../nbs/12_training.ipynb #12-26
 def _bytes(tensors): return sum(t.numel()*t.element_size() for t in tensors)
 
 def kept_by_forward(training, images=2):
@@ -275,7 +276,7 @@ def memory(training): # Pretraining
     view = (four - two)/2
     return held + two - 2*view, 2*view
 
-# %% ../nbs/12_training.ipynb #12-27
+# %% ../nbs/12_training.ipynb #12-29
 def free_memory(device):
     "Bytes that are free on the GPU or in the machine, None where that is not known."
     if device == 'cuda': return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
@@ -304,7 +305,7 @@ def out_of_memory(training, processes=1):
     usual = f'a step does not fit into the memory: try accumulate {2*n}'
     return too_large(training, processes) or usual
 
-# %% ../nbs/12_training.ipynb #12-30
+# %% ../nbs/12_training.ipynb #12-32
 @patch
 def fits(self:Pretraining):
     "Whether decoded images are kept in memory: as asked for, or if they take less than 2 GB."
@@ -334,7 +335,7 @@ def steps(self:Pretraining):
     parts = iter(self.loader())
     while step := tuple(itertools.islice(parts, self.config.accumulate)): yield step
 
-# %% ../nbs/12_training.ipynb #12-31
+# %% ../nbs/12_training.ipynb #12-33
 @patch
 def try_step(self:Pretraining, parts):
     "As `train_step`; where a GPU's memory ends, MemoryError says what would fit."
@@ -356,7 +357,7 @@ def fit(self:Pretraining, until=math.inf): # seconds since 1970 at which one pro
     self.finish()
     return self.run.log()
 
-# %% ../nbs/12_training.ipynb #12-33
+# %% ../nbs/12_training.ipynb #12-35
 @patch
 def log_line(self:Pretraining, out): # what the last step returned
     "What is known after a step, a flat dict."
@@ -380,7 +381,7 @@ def finish(self:Pretraining):
     about |= dict(step=str(self.run.step), encoder='online', config=json.dumps(asdict(self.config)))
     save_file(weights, self.run.out/'backbone.safetensors', about)
 
-# %% ../nbs/12_training.ipynb #12-35
+# %% ../nbs/12_training.ipynb #12-37
 @patch
 def unread_file(self:Pretraining):
     "Where this process lists the images that it could not read."
@@ -414,7 +415,7 @@ def refuse_unread(self:Pretraining):
                      f'{names}\n'
                      f'Mend them or take them out. The checkpoint in {self.run.out} is intact')
 
-# %% ../nbs/12_training.ipynb #12-42
+# %% ../nbs/12_training.ipynb #12-44
 def pretrain(**given): # parameters by name
     "Trains a run to its end, alone or as one of several processes; returns the log."
     training = Pretraining(*configure(**given))
@@ -424,6 +425,6 @@ def pretrain(**given): # parameters by name
               f'on {world()} x {training.device}; run folder {run.out}', flush=True)
     return training.fit()
 
-# %% ../nbs/12_training.ipynb #12-53
+# %% ../nbs/12_training.ipynb #12-55
 if __name__ == '__main__' and '__file__' in globals():
     main('pixcon.training', PretrainConfig, pretrain)
