@@ -115,6 +115,7 @@ class PretrainConfig(RunConfig):
     hidden: int = param(2048, 'width of projection heads and predictors', least=1)
     dim: int = param(128, 'size of an embedding (D)', least=2)
     epochs: int = param(800, 'passes over the images', least=1)
+    hours: float = param(0., 'in place of epochs: as many as fit, measured once', least=0)
     batch: int = param(512, 'images in a step, over all processes', least=2)
     accumulate: int = param(
         1, "parts of a step's batch that pass the network one by one", least=1)
@@ -131,8 +132,7 @@ class PretrainConfig(RunConfig):
     compile: str = param('auto', 'torch.compile, auto: long runs on one GPU', ('auto', 'on', 'off'))
     deterministic: bool = param(False, 'the same bits on the same GPU again, slower')
     cache: str = param('auto', 'decoded images kept in memory', ('auto', 'ram', 'off'))
-    save_epochs: int = param(
-        10, 'epochs between two checkpoints, 0 for by time only', least=0)
+    save_epochs: int = param(10, 'epochs between two checkpoints, 0 for by time only', least=0)
 
 # %% ../nbs/09_config.ipynb #09-22
 RECIPES = dict(

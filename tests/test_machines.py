@@ -157,3 +157,35 @@ def test_both_kinds_of_tensors_travel(monkeypatch, gpus):
     distributed.join()
     wanted = [1, (('cpu:gloo,cuda:nccl',), dict(device_id=torch.device('cuda', 1)))] if gpus else [(('gloo',), {})]
     assert said == wanted
+
+
+def test_hours_choose_the_epochs_once(tmp_path, monkeypatch, capsys):
+    "As many epochs as fit are in config.json; the same command goes on with them, whatever the machine does by then."
+    given = {n: v for n, v in TINY.items() if n != 'epochs'} | dict(out=str(tmp_path/'run'))
+    monkeypatch.setattr(training, 'seconds_per_step', lambda *a: .5)
+    c, images = training.configure(**given, hours=.1)
+    assert c.epochs == int(.97*360/(.5*2)) and c.warmup_epochs == 2
+    assert '0.500 s a step: 349 epochs in 0.1 hours' in capsys.readouterr().out
+    own = training.Pretraining(c, images)
+    own.begin()
+    monkeypatch.setattr(training, 'seconds_per_step', lambda *a: .05)
+    again, _ = training.configure(**given, hours=.1)
+    assert again == c
+    own.run.save()
+    training.Pretraining(again, images).begin()                    # goes on
+
+
+def test_hours_that_are_too_few(monkeypatch):
+    given = {n: v for n, v in TINY.items() if n != 'epochs'}
+    monkeypatch.setattr(training, 'seconds_per_step', lambda *a: 1000.)
+    with pytest.raises(ValueError, match='one epoch takes 0.56 hours here, hours is 0.5'):
+        training.configure(**given, hours=.5)
+    with pytest.raises(ValueError, match='give hours or epochs, not both: got hours 8 and epochs 3'):
+        training.configure(**given, hours=8, epochs=3)
+
+
+def test_timed_steps_leave_nothing_behind(tmp_path):
+    "Parts of a second a step, and no file where the run would be."
+    c, images = training.configure(**TINY, out=str(tmp_path/'run'))
+    assert 1e-3 < training.seconds_per_step(c, images, steps=3) < 20
+    assert not list(tmp_path.iterdir())

@@ -354,6 +354,21 @@ def test_two_nodes(tmp_path):
     assert 'on 2 x cpu' in said[0] + said[1] and len(read_log(tmp_path/'run')) == 10
 
 
+def test_a_killed_process_is_begun_again(tmp_path):
+    "torchrun starts the group anew from the last checkpoint: the run ends with the bits of one that was left alone."
+    words = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', '--max-restarts=2', '-m', MODULE]
+    whole = start(*words, *flags(out=tmp_path/'whole'))
+    assert whole.wait(timeout=200) == 0, whole.stdout.read()
+    run = start(*words, *flags(out=tmp_path/'run'))
+    until = time.time() + 100
+    while len(read_log(tmp_path/'run')) < 12 and time.time() < until: time.sleep(.02)
+    children = Path(f'/proc/{run.pid}/task/{run.pid}/children').read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    said = run.communicate(timeout=200)[0]
+    assert run.returncode == 0 and 'continuing' in said, said
+    same(tmp_path/'whole', tmp_path/'run')
+
+
 def test_a_process_that_dies_stops_the_others(tmp_path):
     "The error of the one that failed is in the message."
     own = 'pixcon.training: batch must be at most the number of images, 20, got 40'

@@ -1,6 +1,7 @@
 """Every code block of the README does what it says, on data and lengths that fit a test."""
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,20 @@ def test_there_are_blocks():
 
 @pytest.mark.parametrize('command', [c for c in COMMANDS if c not in INSTALLS])
 def test_command(place, command): call(at_test_size(command), place)
+
+
+@pytest.mark.parametrize('script', [block for kind, block in BLOCKS if kind == 'bash'])
+def test_cluster(place, script):
+    "The script for Slurm on one machine, with stand-ins for Slurm's own commands."
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+    script = script.replace('--nnodes 2 --nproc-per-node 8', '--nnodes 1 --nproc-per-node 2').replace('29400', str(port))
+    script = script.replace('--epochs 800', '--epochs 1 --recipe small --batch 4 --size 32')
+    script = script.replace('--data DIR', '--data path/to/train2017').replace('torchrun', f'{sys.executable} -m torch.distributed.run')
+    stand_ins = 'scontrol() { echo localhost; }\nsrun() { "$@"; }\nSLURM_JOB_ID=7\n'
+    said = call(stand_ins + script, place, SLURM_JOB_NODELIST='localhost')
+    assert 'on 2 x cpu; run folder runs/coco' in said
 
 
 @pytest.mark.parametrize('code', PYTHON)
