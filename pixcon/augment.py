@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['n_draws', 'imagenet_mean', 'imagenet_std', 'random_box', 'two_boxes', 'TwoViews', 'box_rates', 'colour_matrices',
-           'gaussian_blur', 'Photometric', 'denormalise']
+           'gaussian_blur', 'Photometric', 'denormalise', 'resize_weights', 'kept_size', 'kept_sizes', 'Resident']
 
 # %% ../nbs/03_augment.ipynb #03-02
 import math
@@ -13,7 +13,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from fastcore.basics import patch
-from torchvision.transforms.v2.functional import resized_crop
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2.functional import resize, resized_crop
 
 # %% ../nbs/03_augment.ipynb #03-07
 def _centre_box(height, width, ratio):
@@ -90,8 +91,9 @@ class TwoViews:
     "Two overlapping views of each image; `views[epoch, i]` is a function of (seed, epoch, i)."
     def __init__(self, images, # anything with a length and uint8 (3,H,W) items
                  size=224, # side of a view in pixels, or (height, width)
-                 seed=0, scale=(.08, 1.), ratio=(3/4, 4/3), min_overlap=.01): # as for `two_boxes`
-        self.images = images
+                 seed=0, scale=(.08, 1.), ratio=(3/4, 4/3), min_overlap=.01, # as for `two_boxes`
+                 pixels=True): # False if the views are cut elsewhere
+        self.images, self.pixels = images, pixels
         self.size = [size, size] if isinstance(size, int) else list(size)
         self.seed = seed
         self.boxes = dict(scale=scale, ratio=ratio, min_overlap=min_overlap)
@@ -104,15 +106,19 @@ class TwoViews:
         image, used = _readable(self.images, i, (self.seed, epoch, i, 3))  # (3,H,W)
         box = two_boxes(rng, *image.shape[1:], **self.boxes)       # (2,4)
         flip = rng.random(2) < .5                                  # (2,)
-        view = [resized_crop(image, *b, self.size, antialias=True) for b in box.tolist()]
-        view = [v.flip(-1) if f else v for v, f in zip(view, flip)]
         draw = rng.random((2, n_draws), dtype=np.float32)          # (2,13)
-        return dict(view=torch.stack(view),                        # (2,3,h,w)
+        view = dict(view=self.cut(image, box, flip)) if self.pixels else {}  # (2,3,h,w)
+        return dict(**view,
                     box=torch.from_numpy(box),
                     flip=torch.from_numpy(flip),
                     draw=torch.from_numpy(draw),
                     index=used,
                     asked=i)
+
+    def cut(self, image, box, flip): # uint8 (3,H,W), (2,4), (2,)
+        "Both views of an image, uint8 (2,3,h,w)."
+        view = [resized_crop(image, *b, self.size, antialias=True) for b in box.tolist()]
+        return torch.stack([v.flip(-1) if f else v for v, f in zip(view, flip)])
 
 # %% ../nbs/03_augment.ipynb #03-27
 def box_rates(sizes, # (n,2) heights and widths in pixels
@@ -256,3 +262,90 @@ def denormalise(x): # (...,3,H,W) as `Photometric` returns them
     mean = torch.tensor(imagenet_mean, device=x.device)[:, None, None]  # (3,1,1)
     std = torch.tensor(imagenet_std, device=x.device)[:, None, None]
     return (x*std + mean).clamp(0, 1)
+
+# %% ../nbs/03_augment.ipynb #03-56
+def resize_weights(length, longest, size): # (n,) pixels of each crop along an axis, the largest, pixels wanted
+    "Antialiased bilinear resizing as matrices, (n,size,longest), weighed as torchvision does."
+    length = length[:, None, None]                                 # (n,1,1)
+    scale = length/size
+    centre = scale*(torch.arange(size, device=length.device) + .5)[:, None]  # (n,size,1)
+    pixel = torch.arange(longest, device=length.device) + .5       # (longest,)
+    weight = (1 - (pixel - centre).abs()/scale.clamp(min=1)).clamp(min=0)
+    weight = torch.where(pixel < length, weight, 0.)               # (n,size,longest)
+    return weight/weight.sum(2, keepdim=True)
+
+# %% ../nbs/03_augment.ipynb #03-59
+def kept_size(height, width, short=0): # short: largest short side wanted, 0 for any
+    "Height and width of an image that is kept."
+    if not short or min(height, width) <= short: return height, width
+    long = int(short*max(height, width)/min(height, width))
+    return (short, long) if height <= width else (long, short)
+
+class _Kept:
+    "Images at the size in which they are kept, as rows of pixels; a message for those that can't be read."
+    def __init__(self, images, short): self.images, self.short = images, short
+    def __len__(self): return len(self.images)
+    def __getitem__(self, i):
+        try: image = self.images[i]
+        except ValueError as e: return str(e)
+        size = kept_size(*image.shape[1:], self.short)
+        if size != image.shape[1:]: image = resize(image, size, antialias=True)
+        return image.flatten(1).T.contiguous()                     # (H*W,3)
+
+def kept_sizes(images, short=0):
+    "Height and width of all images as they are kept, (n,2), 0 for those that can't be read."
+    sizes = getattr(images, 'sizes', None)
+    if sizes is None: sizes = [images[i].shape[1:] for i in range(len(images))]
+    return torch.tensor([kept_size(h, w, short) for h, w in np.asarray(sizes).tolist()])
+
+# %% ../nbs/03_augment.ipynb #03-60
+class Resident:
+    "All images as uint8 on a device, of which views are cut there."
+    def __init__(self, images, device='cpu', # anything with a length and uint8 (3,H,W) items, where to
+                 short=0, workers=0): # largest short side in pixels, 0 for any, processes that decode
+        self.images, self.bad = images, {}
+        self.sizes = kept_sizes(images, short)                     # (n,2)
+        area = self.sizes.prod(1)                                  # (n,)
+        self.start = area.cumsum(0) - area
+        self.pixels = torch.empty(int(area.sum()), 3, dtype=torch.uint8, device=device)
+        decoded = DataLoader(_Kept(images, short), batch_size=None, num_workers=workers)
+        for i, pixels in enumerate(decoded):
+            if isinstance(pixels, str): self.bad[i] = pixels
+            else: self.pixels[self.start[i]:][:area[i]] = pixels.to(device)
+    def __len__(self): return len(self.sizes)
+    def __getitem__(self, i): # a tensor without pixels
+        if i in self.bad: raise ValueError(self.bad[i])
+        return torch.empty(3, *self.sizes[i].tolist(), dtype=torch.uint8, device='meta')
+    def __repr__(self): return f'{self.images!r}, kept on {self.pixels.device}'
+
+# %% ../nbs/03_augment.ipynb #03-62
+@patch
+def views(self:Resident, index, box, flip, # (B,), (B,2,4), (B,2), on the CPU
+          size, at_once=64): # (height, width) of a view, how many are cut together
+    "The views that boxes cut out of images, uint8 (B,2,3,h,w) on the device."
+    top, left, height, width = box.flatten(0, 1).T                 # (2B,) each
+    image = index.repeat_interleave(2)                             # (2B,)
+    line = self.sizes[image, 1]
+    start = self.start[image] + top*line + left
+    place = torch.arange(len(image))
+    told = torch.stack([start, line, height, width, flip.flatten().long(), place])  # (6,2B)
+    out = torch.empty(len(image), 3, *size, dtype=torch.uint8, device=self.pixels.device)
+    for some in (height*width).argsort().split(at_once):           # of similar sizes
+        most = height[some].max().item(), width[some].max().item()
+        *crop, place = told[:, some].to(out.device, non_blocking=True)
+        out[place] = self.cut(*crop, most, size)
+    return out.view(*box.shape[:2], *out.shape[1:])
+
+@patch
+def cut(self:Resident, start, line, height, width, flip, # (m,) each
+        most, size): # largest height and width among them, that of a view
+    "Crops of different sizes, resized and mirrored, uint8 (m,3,h,w)."
+    y, x = (torch.arange(n, device=start.device) for n in most)
+    y = torch.minimum(y, height[:, None] - 1)                      # (m,tall)
+    x = torch.minimum(x, width[:, None] - 1)                       # (m,wide)
+    pixels = self.pixels[(start[:, None] + y*line[:, None])[:, :, None] + x[:, None]]  # (m,tall,wide,3)
+    rows = resize_weights(height, most[0], size[0]) @ pixels.flatten(2).float()  # (m,h,wide*3)
+    columns = resize_weights(width, most[1], size[1])              # (m,w,wide)
+    columns = torch.where(flip[:, None, None] == 1, columns.flip(1), columns)
+    view = torch.einsum('mhxc,mwx->mchw', rows.view(len(rows), size[0], -1, 3), columns)
+    return view.round_().clamp_(0, 255).byte()

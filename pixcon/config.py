@@ -107,8 +107,7 @@ class PretrainConfig(RunConfig):
     tau: float = param(.2, 'temperature of InfoNCE (tau)', least=1e-4)
     power: float = param(2., 'exponent of the weights (gamma)', least=1e-3)
     queue: int = param(65536, 'negatives kept (K), if not given a quarter of the images', least=1)
-    queue_start: str = param(
-        'empty', "'empty', or 'random' as in the released code", ('empty', 'random'))
+    queue_start: str = param('empty', "'empty', or 'random' as in the released code", ('empty', 'random'))
     overlap_rule: str = param(
         'area', "'area', or 'floor' as in the released code", ('area', 'floor'))
     max_dist: float = param(0., 'longest spatial match in cell diagonals, 0 for any', least=0)
@@ -131,7 +130,8 @@ class PretrainConfig(RunConfig):
     scene_size: int = param(96, 'their side in pixels', least=16)
     compile: str = param('auto', 'torch.compile, auto: long runs on one GPU', ('auto', 'on', 'off'))
     deterministic: bool = param(False, 'the same bits on the same GPU again, slower')
-    cache: str = param('auto', 'decoded images kept in memory', ('auto', 'ram', 'off'))
+    cache: str = param('auto', 'where decoded images are kept', ('auto', 'ram', 'device', 'off'))
+    cache_size: int = param(0, 'short side of images kept on the device, 0 as they are', least=0)
     save_epochs: int = param(10, 'epochs between two checkpoints, 0 for by time only', least=0)
 
 # %% ../nbs/09_config.ipynb #09-22

@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import normalize
 from torch.utils.data import Subset
 from torch.utils.flop_counter import FlopCounterMode
-from .augment import TwoViews, box_rates, two_boxes
+from .augment import TwoViews, box_rates, kept_sizes, two_boxes
 from .config import PretrainConfig, variant
 from .data import Cached
 from .encoder import feature_shape, update_target
@@ -110,6 +110,7 @@ def run_cost(training, gpus=1): # Pretraining
     work, part = image_work(training.model, c.size), c.batch//(c.accumulate*gpus)
     if c.accumulate > 1 and variant(c) == 'sr': work['network'] *= 1.5  # the weights of the whole batch first
     rates = machine_rates(training, part if training.device == 'cuda' else 0)
+    if c.cache == 'device': rates['read'] = math.inf               # views are cut with the rest, on the device
     row = step_cost(c, parameters, work, rates, gpus, cores)
     return dict(**row, hours=(run.total - run.step)*row['step']/3600)
 
@@ -175,6 +176,8 @@ def plan(training, processes=1): # Pretraining, that will share each batch
         f'queue: {c.queue:,} keys of {n:,} images, {own_key_fraction(c.queue, n):.1%} of the queries '
         'meet an older key of their own image among the negatives']
     if hasattr(training.images, 'sizes'):
+        pixels = kept_sizes(training.images, c.cache_size).prod(1).sum().item()
+        lines.append(f'images: {3*pixels/1e9:.2f} GB decoded, kept on the device if cache is device')
         lines.append('pairs of views: {:.1%} need the centred box, {:.1%} the second box slid, '
                      '{:.1%} share no whole cell'.format(*pair_rates(training)))
     rows = departures(c, n)

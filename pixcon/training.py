@@ -24,7 +24,7 @@ import torch
 from fastcore.basics import patch
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
-from .augment import Photometric, TwoViews
+from .augment import Photometric, Resident, TwoViews
 from .config import (RECIPES, PretrainConfig, check, check_out, default_out, resolve,
                            variant)
 from .data import Cached, refuse_bad, scan
@@ -33,8 +33,8 @@ from .distributed import (device, gather_objects, gather_tensor, main, rank, sha
 from .encoder import feature_shape, library_weights
 from .loss import default_queue, uninformed_loss
 from .model import PixCon, mean_over_processes
-from .run import (Run, append_line, autocast, fingerprint, keep_memory, loading,
-                        make_optimizer, precision, read_lines, step_if_finite)
+from .run import (Run, append_line, autocast, fingerprint, keep_memory, loader_workers,
+                        loading, make_optimizer, precision, read_lines, step_if_finite)
 from .scenes import Scenes, open_images
 
 # %% ../nbs/12_training.ipynb #12-05
@@ -84,6 +84,8 @@ def configure(processes=1, # that will share each batch, for `hours`
     recipe = given.get('recipe', 'auto')
     if recipe == 'auto': recipe = 'small' if isinstance(images, Scenes) else 'paper'
     c = resolve(PretrainConfig, RECIPES, recipe, given, _rates)
+    if c.cache_size and c.cache != 'device':
+        raise ValueError(f"cache_size is for images kept on the device: set cache to 'device', got {c.cache!r}")
     _fill_in(c, given, len(images))
     if c.batch > len(images):
         n = len(images)
@@ -226,7 +228,9 @@ def learn_dense(self:Pretraining, on): # bool
 @patch
 def views(self:Pretraining, part): # dict of tensors from the loader
     "Views (B,2,3,H,W) as the network gets them, their boxes (B,2,4) and flips (B,2)."
-    view, box, flip = (part[n].to(self.device, non_blocking=True) for n in ('view', 'box', 'flip'))
+    box, flip = (part[n].to(self.device, non_blocking=True) for n in ('box', 'flip'))
+    if 'view' in part: view = part['view'].to(self.device, non_blocking=True)
+    else: view = self.resident.views(part['index'], part['box'], part['flip'], [self.config.size]*2)
     return self.photometric(view, part['draw']), box, flip
 
 @patch
@@ -331,15 +335,23 @@ def fits(self:Pretraining):
     return n*np.mean([size(i) for i in range(0, n, max(n//32, 1))]) < 2e9
 
 @patch
+def kept(self:Pretraining):
+    "The images on the device, decoded by as many processes as load otherwise."
+    if not hasattr(self, 'resident'):
+        c = self.config
+        self.resident = Resident(self.images, self.device, c.cache_size, loader_workers(c.workers))
+    return self.resident
+
+@patch
 def loader(self:Pretraining):
     "Parts of batches from the present step to the end of the run."
-    c, in_memory = self.config, self.fits()
-    images = Cached(self.images) if in_memory else self.images
-    views = TwoViews(images, c.size, c.seed, scale=(c.min_scale, 1.))
+    c, on_device, in_memory = self.config, self.config.cache == 'device', self.fits()
+    images = self.kept() if on_device else Cached(self.images) if in_memory else self.images
+    views = TwoViews(images, c.size, c.seed, scale=(c.min_scale, 1.), pixels=not on_device)
     batches = Batches(len(images), c.batch, c.epochs, c.seed, self.run.step,
                       c.accumulate, rank(), world())
     part = c.batch//(c.accumulate*world())
-    how = loading(c.workers, part*2*3*c.size**2, in_memory)
+    how = loading(0 if on_device else c.workers, part*2*3*c.size**2, in_memory)
     return DataLoader(views, batch_sampler=batches, pin_memory=self.device == 'cuda', **how)
 
 @patch

@@ -24,9 +24,10 @@ def given_by(words, kind, usual):
 def part_of(c): # PretrainConfig
     "What the loader gives for one part of a batch, on the CPU."
     n = c.batch//c.accumulate
-    box = torch.tensor([[0, 0, 200, 200], [50, 50, 200, 200]]).expand(n, 2, 4)
+    box = torch.tensor([[0, 0, 64, 50], [16, 30, 64, 64]]).expand(n, 2, 4)
     view = torch.zeros(n, 2, 3, c.size, c.size, dtype=torch.uint8)
-    return dict(view=view, box=box, flip=torch.rand(n, 2) < .5, draw=torch.rand(n, 2, 13),
+    view = {} if c.cache == 'device' else dict(view=view)          # cut there
+    return dict(**view, box=box, flip=torch.rand(n, 2) < .5, draw=torch.rand(n, 2, 13),
                 index=torch.arange(n), asked=torch.arange(n))
 
 
@@ -52,6 +53,7 @@ def pretraining(words):
     c, images = training.configure(**given_by(words, config.PretrainConfig, PAPER))
     made = training.Pretraining(c, images)
     made.run.statistics = [b.clone() for b in made.run.running()]
+    if c.cache == 'device': made.kept()
     for queue in queues(made.model):
         assert queue.pointer.device.type == queue.filled.device.type == 'cpu'
         queue.pointer, queue.filled = torch.tensor(0), torch.tensor(c.queue - 96)

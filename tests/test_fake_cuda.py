@@ -10,7 +10,7 @@ import fake_cuda
 
 STEPS = ['', 'amp=fp16', 'amp=off', 'accumulate=2', 'optimizer=adamw', 'matching=coord',
          'matching=coord max_dist=0.7', 'matching=coord accumulate=2', 'dense_weight=0', 'dense_weight=1',
-         'dense_start=0.5', 'reweight=off overlap_rule=floor', 'deterministic=on',
+         'dense_start=0.5', 'cache=device scenes=128 queue=128', 'cache=device scenes=128 queue=128 cache_size=64', 'reweight=off overlap_rule=floor', 'deterministic=on',
          'backbone=shufflenet_v2_x1_0 stride=8 size=64', 'backbone=convnext_tiny amp=off']
 OTHERS = ['norms', 'log', 'resume', 'resume amp=off', 'segment', 'segment amp=off', 'segment head=deeplabv3 rate=2']
 

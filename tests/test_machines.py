@@ -4,9 +4,12 @@ import tempfile
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from pixcon import config, distributed, plan, run, training
+from PIL import Image
+from torchvision.transforms.v2.functional import resize
+from pixcon import augment, config, distributed, plan, run, training
 
 PAIR = 2*3*224*224                                                 # bytes of two views
 TINY = dict(data='scenes', scenes=8, batch=4, epochs=2, size=32, hidden=16, dim=8, queue=8, amp='off', workers=0)
@@ -189,3 +192,83 @@ def test_timed_steps_leave_nothing_behind(tmp_path):
     c, images = training.configure(**TINY, out=str(tmp_path/'run'))
     assert 1e-3 < training.seconds_per_step(c, images, steps=3) < 20
     assert not list(tmp_path.iterdir())
+
+
+def photos(folder, n=12, damaged=()):
+    "A folder of noisy images of many sizes, some cut in half."
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(n):
+        height, width = rng.integers(20, 90, 2)
+        smooth = rng.integers(0, 256, (height//4 + 1, width//4 + 1, 3)).repeat(4, 0).repeat(4, 1)[:height, :width]
+        noisy = np.clip(smooth + rng.integers(-20, 20, smooth.shape), 0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(folder/f'{i:02d}.png')
+        if i in damaged: (folder/f'{i:02d}.png').write_bytes((folder/f'{i:02d}.png').read_bytes()[:-200])
+    return folder
+
+
+class Listed:
+    "Images from a list, an error in place of some."
+    def __init__(self, images): self.images = images
+    def __len__(self): return len(self.images)
+    def __getitem__(self, i):
+        if isinstance(self.images[i], str): raise ValueError(self.images[i])
+        return self.images[i]
+
+
+@pytest.mark.parametrize('size', [(8, 8), (32, 32), (224, 224), (48, 96)])
+def test_views_cut_on_the_device(size):
+    "Crops of one pixel to whole images, enlarged and reduced: torchvision's to one grey level, boxes and draws to the bit."
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(1, 1), (3, 50), (64, 48), (120, 200), (500, 333)]
+    images = Listed([torch.randint(0, 256, (3, h, w), dtype=torch.uint8, generator=generator) for h, w in sizes])
+    resident = augment.Resident(images)
+    usual, ours = (augment.TwoViews(x, size, seed=3, pixels=x is images) for x in (images, resident))
+    keys = [(epoch, i) for epoch in range(6) for i in range(len(images))]
+    batch = torch.utils.data.default_collate([ours[k] for k in keys])
+    view = resident.views(batch['index'], batch['box'], batch['flip'], size, at_once=7)
+    for k, key in enumerate(keys):
+        same = usual[key]
+        assert all(torch.equal(batch[n][k], same[n]) for n in ('box', 'flip', 'draw'))
+        assert (view[k].int() - same['view'].int()).abs().max() <= 1
+
+
+def test_images_kept_smaller():
+    "At a short side of 40 pixels, no image is enlarged, and boxes are drawn in what is kept."
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(40, 30), (80, 50), (50, 120)]
+    images = Listed([torch.randint(0, 256, (3, h, w), dtype=torch.uint8, generator=generator) for h, w in sizes])
+    resident = augment.Resident(images, short=40)
+    assert resident.sizes.tolist() == [[40, 30], [64, 40], [40, 96]]
+    small = [resize(x, size, antialias=True) for x, size in zip(images.images, resident.sizes.tolist())]
+    usual, ours = augment.TwoViews(Listed(small), 24), augment.TwoViews(resident, 24, pixels=False)
+    for i in range(3):
+        sample = ours[2, i]
+        view = resident.views(torch.tensor([i]), sample['box'][None], sample['flip'][None], (24, 24))[0]
+        assert (view.int() - usual[2, i]['view'].int()).abs().max() <= 1
+
+
+def test_images_that_cannot_be_kept(tmp_path):
+    "The same image takes the place of one that can't be read, wherever images are kept, and it is listed."
+    data, logs = photos(tmp_path/'data', 200, damaged=(7,)), []
+    for cache in ('ram', 'device'):
+        own = made(data=str(data), recipe='small', batch=20, cache=cache, out=str(tmp_path/cache))
+        own.fit()
+        logs.append([line['image'][-6:] for line in run.read_lines(tmp_path/cache/'unread.jsonl')])
+    assert logs == [['07.png']]*2
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_run_that_keeps_its_images_on_the_device(tmp_path, workers):
+    "Losses are those of the usual way but for a grey level, and a run may change from one to the other."
+    data = photos(tmp_path/'data')
+    given = dict(data=str(data), recipe='small', backbone='resnet18', stride=8, batch=6, epochs=4, save_epochs=1,
+                 workers=workers, matching='coord', optimizer='sgd', lr=.01)
+    losses = []
+    for cache in ('off', 'device'):
+        log = made(**given, cache=cache, out=str(tmp_path/cache)).fit()
+        losses.append([line['loss'] for line in log])
+    np.testing.assert_allclose(*losses, rtol=.02)
+    assert losses[0] != losses[1]
+    made(**given | dict(epochs=6), cache='off', out=str(tmp_path/'device')).fit()
+    assert len(run.read_log(tmp_path/'device')) == 12
