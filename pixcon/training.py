@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ema_momentum', 'learning_rate', 'configure', 'known_epochs', 'Batches', 'Pretraining', 'build_model', 'compiles',
-           'enqueued_view', 'kept_by_forward', 'memory', 'free_memory', 'too_large', 'out_of_memory',
+           'enqueued_view', 'kept_by_forward', 'memory', 'free_memory', 'too_large', 'out_of_memory', 'cached',
            'seconds_per_step', 'epochs_in_hours', 'pretrain']
 
 # %% ../nbs/12_training.ipynb #12-02
@@ -28,8 +28,8 @@ from .augment import Photometric, Resident, TwoViews
 from .config import (RECIPES, PretrainConfig, check, check_out, default_out, resolve,
                            variant)
 from .data import Cached, refuse_bad, scan
-from .distributed import (device, gather_objects, gather_tensor, main, rank, shared,
-                                world)
+from .distributed import (device, gather_objects, gather_tensor, local_rank, main,
+                                once_a_machine, rank, shared, world)
 from .encoder import feature_shape, library_weights
 from .loss import default_queue, uninformed_loss
 from .model import PixCon, mean_over_processes
@@ -93,7 +93,7 @@ def configure(processes=1, # that will share each batch, for `hours`
     c.out = c.out or default_out(_run_name(c, images))
     check_out(c.out)
     if hasattr(images, 'bad'):
-        scan(images)
+        images.sizes, images.bad = once_a_machine(lambda: (scan(images)[0], images.bad))
         refuse_bad(images)
     if c.hours:
         c.epochs = known_epochs(c.out) or epochs_in_hours(c, images, processes)
@@ -334,6 +334,28 @@ def fits(self:Pretraining):
     n = len(self.images)
     return n*np.mean([size(i) for i in range(0, n, max(n//32, 1))]) < 2e9
 
+def cached(images): # anything with a length and uint8 (3,H,W) items
+    "`Cached` images, in memory once for all processes of a machine."
+    if world() == 1: return Cached(images)
+    def put_down():
+        kept = Cached(images).kept
+        shapes = [str(x) if isinstance(x, ValueError) else x.shape for x in kept]
+        pixels = torch.cat([x.flatten() for x in kept if torch.is_tensor(x)])
+        with tempfile.NamedTemporaryFile(delete=False) as file: file.write(pixels.numpy().tobytes())
+        return file.name, shapes
+    path, shapes = once_a_machine(put_down)
+    total = sum(math.prod(s) for s in shapes if not isinstance(s, str))
+    pixels, at = torch.from_file(path, shared=True, size=total, dtype=torch.uint8), 0
+    gather_objects(None)                                           # all have it open
+    if local_rank() == 0: os.unlink(path)
+    kept = Cached([])
+    for shape in shapes:
+        n = 0 if isinstance(shape, str) else math.prod(shape)
+        kept.kept.append(ValueError(shape) if isinstance(shape, str) else pixels[at:at+n].view(shape))
+        at += n
+    return kept
+
+# %% ../nbs/12_training.ipynb #12-33
 @patch
 def kept(self:Pretraining):
     "The images on the device, decoded by as many processes as load otherwise."
@@ -346,7 +368,7 @@ def kept(self:Pretraining):
 def loader(self:Pretraining):
     "Parts of batches from the present step to the end of the run."
     c, on_device, in_memory = self.config, self.config.cache == 'device', self.fits()
-    images = self.kept() if on_device else Cached(self.images) if in_memory else self.images
+    images = self.kept() if on_device else cached(self.images) if in_memory else self.images
     views = TwoViews(images, c.size, c.seed, scale=(c.min_scale, 1.), pixels=not on_device)
     batches = Batches(len(images), c.batch, c.epochs, c.seed, self.run.step,
                       c.accumulate, rank(), world())
@@ -361,7 +383,7 @@ def steps(self:Pretraining):
     parts = iter(self.loader())
     while step := tuple(itertools.islice(parts, self.config.accumulate)): yield step
 
-# %% ../nbs/12_training.ipynb #12-33
+# %% ../nbs/12_training.ipynb #12-34
 @patch
 def try_step(self:Pretraining, parts):
     "As `train_step`; where a GPU's memory ends, MemoryError says what would fit."
@@ -383,7 +405,7 @@ def fit(self:Pretraining, until=math.inf): # seconds since 1970 at which one pro
     self.finish()
     return self.run.log()
 
-# %% ../nbs/12_training.ipynb #12-35
+# %% ../nbs/12_training.ipynb #12-36
 @patch
 def log_line(self:Pretraining, out): # what the last step returned
     "What is known after a step, a flat dict."
@@ -407,7 +429,7 @@ def finish(self:Pretraining):
     about |= dict(step=str(self.run.step), encoder='online', config=json.dumps(asdict(self.config)))
     save_file(weights, self.run.out/'backbone.safetensors', about)
 
-# %% ../nbs/12_training.ipynb #12-37
+# %% ../nbs/12_training.ipynb #12-38
 @patch
 def unread_file(self:Pretraining):
     "Where this process lists the images that it could not read."
@@ -441,7 +463,7 @@ def refuse_unread(self:Pretraining):
                      f'{names}\n'
                      f'Mend them or take them out. The checkpoint in {self.run.out} is intact')
 
-# %% ../nbs/12_training.ipynb #12-40
+# %% ../nbs/12_training.ipynb #12-41
 def seconds_per_step(config, images, processes=1, # PretrainConfig, images, that will share each batch
                      most=60, steps=40): # stop timing after so many seconds, after so many steps
     "Mean time of a step, of a run that is thrown away; the same on all processes."
@@ -466,7 +488,7 @@ def epochs_in_hours(config, images, processes=1): # as for `seconds_per_step`
     if epochs: return epochs
     raise ValueError(f'one epoch takes {step*steps/3600:.2g} hours here, hours is {config.hours:g}')
 
-# %% ../nbs/12_training.ipynb #12-47
+# %% ../nbs/12_training.ipynb #12-48
 def pretrain(**given): # parameters by name
     "Trains a run to its end, alone or as one of several processes; returns the log."
     training = Pretraining(*configure(**given))
@@ -476,6 +498,6 @@ def pretrain(**given): # parameters by name
               f'on {world()} x {training.device}; run folder {run.out}', flush=True)
     return training.fit()
 
-# %% ../nbs/12_training.ipynb #12-58
+# %% ../nbs/12_training.ipynb #12-59
 if __name__ == '__main__' and '__file__' in globals():
     main('pixcon.training', PretrainConfig, pretrain)

@@ -390,3 +390,40 @@ def test_bad_images_of_all_processes_count(tmp_path):
     names = '007.jpg: could not be read while training.*090.jpg'
     with pytest.raises(RuntimeError, match=f"(?s)2 of 150 images can't be read, more than 1%:.*{names}"):
         launch(MODULE, given, 2, lambda line: None)
+
+
+CACHED = '''
+import json, os, sys, torch
+from pixcon import data, distributed, training
+read = []
+own = data.read_image
+data.read_image = lambda path: read.append(str(path)) or own(path)
+distributed.join()
+c, images = training.configure(**json.loads(sys.argv[1]))
+kept = training.cached(images)
+shared = [line for line in open('/proc/self/maps') if '/tmp/tmp' in line]
+found = [None if i == 3 else kept[i].clone() for i in range(len(kept))]
+try: kept[3]
+except ValueError as e: why = str(e)
+torch.save(dict(read=len(read), found=found, sizes=images.sizes, shared=len(shared), why=why), f'{sys.argv[2]}-{distributed.rank()}.pt')
+'''
+
+
+def test_images_are_in_memory_once_a_machine(tmp_path):
+    "Two processes: one looks at the headers and decodes, both have the same images from one file that nobody else sees."
+    folder = tmp_path/'data'
+    folder.mkdir()
+    scenes = Scenes(12, 40)
+    for i in range(12): Image.fromarray(scenes[i].permute(1, 2, 0).numpy()[:, :40 - i]).save(folder/f'{i:02d}.png')
+    (folder/'03.png').write_bytes((folder/'03.png').read_bytes()[:600])
+    (tmp_path/'cached.py').write_text(CACHED)
+    given = json.dumps({**TINY, 'data': str(folder), 'recipe': 'small', 'out': str(tmp_path/'run')})
+    run = start('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', str(tmp_path/'cached.py'), given, str(tmp_path/'found'))
+    said = run.communicate(timeout=200)[0]
+    assert run.returncode == 0, said
+    first, second = (torch.load(tmp_path/f'found-{r}.pt', weights_only=False) for r in (0, 1))
+    assert first['read'] >= 12 and second['read'] == 0 and '03.png' in first['why'] and first['why'] == second['why']
+    assert (first['sizes'] == second['sizes']).all() and first['shared'] == second['shared'] == 1
+    for i, (a, b) in enumerate(zip(first['found'], second['found'])):
+        if i == 3: continue
+        assert torch.equal(a, b) and torch.equal(a, scenes[i][:, :, :40 - i])
