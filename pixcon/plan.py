@@ -62,7 +62,7 @@ def _read_rate(images, size, in_memory):
 
 # %% ../nbs/13_plan.ipynb #13-08
 def machine_rates(training, # Pretraining
-                  images=0): # how many to time with, 0 for a part of a batch, on a CPU as far as it is quick
+                  images=0): # how many to time with, 0 for a part of a batch or what is quick
     "FLOP of networks and loss, pixels augmented, parameters updated and images read per second."
     c, device, model = training.config, training.device, copy.deepcopy(training.model)
     work = image_work(model, c.size)['network']
@@ -80,7 +80,8 @@ def machine_rates(training, # Pretraining
             (dense.float().mean() + image.float().mean()).backward()
             with torch.no_grad(), autocast(device, training.dtype): model.target(v)
     augment = _seconds(lambda: training.photometric(view, draw), device)
-    with autocast(device, training.dtype): loss = _seconds(lambda: info_nce(q, q, keys, c.tau), device)
+    with autocast(device, training.dtype):
+        loss = _seconds(lambda: info_nce(q, q, keys, c.tau), device)
     update = _seconds(lambda: update_target(model.online, model.target, 1.), device)
     parameters = sum(p.numel() for p in model.online.parameters())
     return dict(network=n*work/_seconds(network, device), augment=view.numel()/augment,
@@ -109,9 +110,10 @@ def run_cost(training, gpus=1): # Pretraining
     cores = loader_workers(c.workers, training.fits())
     parameters = sum(p.numel() for p in training.model.online.parameters())
     work, part = image_work(training.model, c.size), c.batch//(c.accumulate*gpus)
-    if c.accumulate > 1 and variant(c) == 'sr': work['network'] *= 1.5  # the weights of the whole batch first
+    if c.accumulate > 1 and variant(c) == 'sr':
+        work['network'] *= 1.5                                     # the weights of the whole batch first
     rates = machine_rates(training, part if training.device == 'cuda' else 0)
-    if c.cache == 'device': rates['read'] = math.inf               # views are cut with the rest, on the device
+    if c.cache == 'device': rates['read'] = math.inf
     row = step_cost(c, parameters, work, rates, gpus, cores)
     return dict(**row, hours=(run.total - run.step)*row['step']/3600)
 
@@ -123,7 +125,8 @@ def exchange_cost(config, parameters, norms, # PretrainConfig, learned numbers, 
     if gpus == 1: return dict(gradients=0., statistics=0., keys=0.)
     ring = 2*(gpus - 1)/gpus*4*parameters/bandwidth
     keys = 2*2*config.batch*config.dim*4/bandwidth                 # both views, image and dense
-    return dict(gradients=max(ring - network/2, 0.), statistics=6*norms*latency, keys=keys + 2*latency)
+    return dict(gradients=max(ring - network/2, 0.), statistics=6*norms*latency,
+                keys=keys + 2*latency)
 
 # %% ../nbs/13_plan.ipynb #13-20
 def epochs_that_fit(hours, cost, steps_per_epoch): # hours there are, row of `step_cost`
@@ -188,7 +191,7 @@ def plan(training, processes=1): # Pretraining, that will share each batch
         'meet an older key of their own image among the negatives']
     if hasattr(training.images, 'sizes'):
         pixels = kept_sizes(training.images, c.cache_size).prod(1).sum().item()
-        lines.append(f'images: {3*pixels/1e9:.2f} GB decoded, kept on the device if cache is device')
+        lines.append(f'images: {3*pixels/1e9:.2f} GB decoded, on the device if cache is device')
         lines.append('pairs of views: {:.1%} need the centred box, {:.1%} the second box slid, '
                      '{:.1%} share no whole cell'.format(*pair_rates(training)))
     rows = departures(c, n)
