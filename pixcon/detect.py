@@ -660,6 +660,6 @@ def load_detector(folder): # run folder of a detector that was trained to its en
     model.load_state_dict(state)
     return model.eval()
 
-# %% ../nbs/19_detect.ipynb #19-82
+# %% ../nbs/19_detect.ipynb #19-85
 if __name__ == '__main__' and '__file__' in globals():
     main('pixcon.detect', DetectConfig, train_and_score)
