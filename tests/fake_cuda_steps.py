@@ -1,6 +1,8 @@
-"""One case of test_fake_cuda.py, in a process of its own: `python tests/fake_cuda_steps.py step amp=fp16`."""
+"""Cases of test_fake_cuda.py, in a process of their own: `python tests/fake_cuda_steps.py 'step amp=fp16' norms`."""
+import json
 import sys
 import tempfile
+import traceback
 from dataclasses import replace
 
 import torch
@@ -172,14 +174,27 @@ def plant(made, bug):
             for n, v in values.items(): values[n] = v.contiguous()
 
 
-def main(words):
-    case, *words = words
+KINDS = dict(step=step, log=log, resume=resume, segment=segmentation, norms=norms)
+
+
+def said_by(case):
+    "'well', or the traceback of a case."
+    kind, *words = case.split(maxsplit=1)
+    words = words[0].split(';')[0].split() if words else []
+    words += ['plant=' + case.split('plant=')[1]] if 'plant=' in case else []
+    own = model.PixCon.match, matching._within
+    mode = fake_cuda.FakeCuda()
+    try:
+        with mode: KINDS[kind](mode, words)
+    except Exception: return traceback.format_exc()
+    finally: model.PixCon.match, matching._within = own
+    return 'well'
+
+
+def main(cases):
     torch.set_num_threads(1)
     fake_cuda.arm()
-    cases = dict(step=step, log=log, resume=resume, segment=segmentation, norms=norms)
-    mode = fake_cuda.FakeCuda()
-    with mode: cases[case](mode, words)
-    print('well')
+    print(json.dumps({case: said_by(case) for case in cases}))
 
 
 if __name__ == '__main__': main(sys.argv[1:])

@@ -25,7 +25,7 @@ from pixcon.detect import (DETECT_RECIPES, DetectConfig, Draws, ItemSampler, Pyr
                            own_items, parameter_groups, precise_bn, predict, rate_falls,
                            sample_counts, stage_maps, to_device, train_and_score,
                            with_comparison)
-from pixcon.distributed import launch
+from pixcon.distributed import SharedBatchNorm, launch
 from pixcon.encoder import make_backbone
 from pixcon.objects import (Objects, coco_index, encode_mask, open_objects, voc_classes)
 from pixcon.run import make_optimizer, read_lines, read_log
@@ -341,7 +341,7 @@ def test_batch_norm(scenes, tmp_path, norm):
     model = make_detector(backbone, 8, c)
     body = model.backbone.backbone
     with torch.no_grad(): torch.testing.assert_close(body.eval()(x), expected)
-    kinds = dict(sync=nn.SyncBatchNorm, batch=nn.BatchNorm2d, frozen=FrozenBatchNorm2d)
+    kinds = dict(sync=SharedBatchNorm, batch=nn.BatchNorm2d, frozen=FrozenBatchNorm2d)
     kind = kinds[norm]
     norms = [n for n, m in model.named_modules() if type(m) is kind]
     assert any('backbone.backbone' in n for n in norms)

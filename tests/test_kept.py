@@ -1,6 +1,6 @@
 """The small network that comes with the package: what made it, and what its card says of it."""
 import re
-from dataclasses import asdict
+from dataclasses import asdict, fields
 import pytest
 import torch
 from pixcon.encoder import kept_backbones, kept_weights
@@ -23,7 +23,9 @@ def test_the_command_makes_these_names():
     flags = re.search(r'nbs/train.ipynb out.ipynb (.*)', card.read_text())[1].split()
     given = {name: int(v) if v.isdigit() else v for name, v in zip(flags[1::3], flags[2::3])}
     now, images = configure(**given)
-    assert {n: v for n, v in asdict(now).items() if n not in own} == {n: v for n, v in config.items() if n not in own}
+    usual = {f.name: f.default for f in fields(now)}               # of parameters that came later
+    theirs = usual | config
+    assert {n: v for n, v in asdict(now).items() if n not in own} == {n: v for n, v in theirs.items() if n not in own}
     assert steps == now.epochs*(len(images)//now.batch)
     made = build_model(now).online.backbone.state_dict()
     assert {n: t.shape for n, t in made.items()} == {n: t.shape for n, t in state.items()}
