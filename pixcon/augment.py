@@ -327,13 +327,14 @@ def views(self:Resident, index, box, flip, # (B,), (B,2,4), (B,2), on the CPU
     image = index.repeat_interleave(2)                             # (2B,)
     line = self.sizes[image, 1]
     start = self.start[image] + top*line + left
-    place = torch.arange(len(image))
-    told = torch.stack([start, line, height, width, flip.flatten().long(), place])  # (6,2B)
-    out = torch.empty(len(image), 3, *size, dtype=torch.uint8, device=self.pixels.device)
-    for some in (height*width).argsort().split(at_once):           # of similar sizes
-        most = height[some].max().item(), width[some].max().item()
-        *crop, place = told[:, some].to(out.device, non_blocking=True)
-        out[place] = self.cut(*crop, most, size)
+    order = (height*width).argsort()                               # similar sizes together
+    told = torch.stack([start, line, height, width, flip.flatten().long()])
+    told = torch.cat([told[:, order], order[None]])                # (6,2B)
+    there = told.to(self.pixels.device, non_blocking=True)         # one copy for the batch
+    out = torch.empty(len(image), 3, *size, dtype=torch.uint8, device=there.device)
+    for part, here in zip(there.split(at_once, 1), told.split(at_once, 1)):
+        *crop, place = part
+        out[place] = self.cut(*crop, here[2:4].amax(1).tolist(), size)
     return out.view(*box.shape[:2], *out.shape[1:])
 
 @patch

@@ -135,6 +135,7 @@ def loading(workers, batch_bytes, in_memory=False, # as for `loader_workers`, of
     workers = min(workers, ahead)
     return dict(num_workers=workers, prefetch_factor=min(4, ahead//workers))
 
+# %% ../nbs/10_run.ipynb #10-19
 def keep_memory(on=True):
     "Lets the process keep what it frees for the next step (glibc only), or not."
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if os.name == 'posix' else None
@@ -142,7 +143,7 @@ def keep_memory(on=True):
     mallopt(-4, 0 if on else 65536)                                # M_MMAP_MAX
     mallopt(-1, -1 if on else 131072)                              # M_TRIM_THRESHOLD
 
-# %% ../nbs/10_run.ipynb #10-20
+# %% ../nbs/10_run.ipynb #10-22
 def make_optimizer(name, # 'sgd' or 'adamw'
                    groups, lr, weight_decay): # parameters or dicts of them, what is not in the dicts
     "Fused SGD with momentum 0.9, or fused AdamW."
@@ -165,7 +166,7 @@ def step_if_finite(optimizer, scaler): # of `make_optimizer`, torch.amp.GradScal
     optimizer.zero_grad()
     return good
 
-# %% ../nbs/10_run.ipynb #10-24
+# %% ../nbs/10_run.ipynb #10-26
 def load_optimizer(optimizer, state): # state: of its `state_dict`
     "Loads an optimizer's state, each tensor in the memory layout of its parameter."
     optimizer.load_state_dict(state)
@@ -174,7 +175,7 @@ def load_optimizer(optimizer, state): # state: of its `state_dict`
             if name != 'step' and torch.is_tensor(v) and v.shape == p.shape:
                 values[name] = torch.empty_like(p).copy_(v)
 
-# %% ../nbs/10_run.ipynb #10-27
+# %% ../nbs/10_run.ipynb #10-29
 FORMAT = 2                                                         # the first edition wrote none
 
 class Run:
@@ -197,7 +198,7 @@ class Run:
         self.consecutive_skips = 0                                 # and since the last good one
         self.pending = []                                          # (good, names) of steps to check
 
-# %% ../nbs/10_run.ipynb #10-29
+# %% ../nbs/10_run.ipynb #10-31
 def check_format(path, state):
     "Raises ValueError for what is no checkpoint of a run, or one of the first edition."
     absent = [n for n in ('config', 'step', 'model') if not isinstance(state, dict) or n not in state]
@@ -226,7 +227,7 @@ def newest(self:Run):
             check_format(path, state)
             return state
 
-# %% ../nbs/10_run.ipynb #10-31
+# %% ../nbs/10_run.ipynb #10-33
 @patch
 def refuse_other(self:Run, state):
     "Raises ValueError if a checkpoint is of a run with other parameters, and says which."
@@ -256,7 +257,7 @@ def load(self:Run, state): # of `newest`
     if self.rank == 0:
         for path in self.out.glob('*.jsonl'): cut_lines(path, self.step)
 
-# %% ../nbs/10_run.ipynb #10-32
+# %% ../nbs/10_run.ipynb #10-34
 @patch
 def begin(self:Run):
     "Makes the folder, continues from its checkpoint; the first process before the others."
@@ -280,7 +281,7 @@ def running(self:Run):
     "Running means and variances of the model's batch norms."
     return [b for n, b in self.parts['model'].named_buffers() if 'running_' in n]
 
-# %% ../nbs/10_run.ipynb #10-34
+# %% ../nbs/10_run.ipynb #10-36
 @patch
 def save(self:Run):
     "Writes the checkpoint, in the first process only; the one before is kept beside it."
@@ -306,7 +307,7 @@ def finish(self:Run):
     self.seconds = time.time() - self.began if self.step > self.since[0] else self.seconds
     self.save()
 
-# %% ../nbs/10_run.ipynb #10-36
+# %% ../nbs/10_run.ipynb #10-38
 @patch
 def advance(self:Run, good, names): # of `step_if_finite`, what this step's images are called
     "Counts one step."
@@ -336,6 +337,7 @@ def check_gradients(self:Run):
         f"were not finite: lower lr ({self.config.lr}) or set amp to 'off'. "
         f'The checkpoint in {self.out} is from before, the images are in skipped.jsonl')
 
+# %% ../nbs/10_run.ipynb #10-40
 @patch
 def guard_statistics(self:Run, good):
     "Remembers batch norm's statistics after good steps, puts them back after others."
@@ -351,7 +353,7 @@ def finds_scale(self:Run):
     scaler = self.parts.get('scaler')
     return scaler is not None and scaler.is_enabled() and scaler.get_scale() > 1
 
-# %% ../nbs/10_run.ipynb #10-38
+# %% ../nbs/10_run.ipynb #10-42
 @patch
 def append(self:Run, name, line):
     "Adds a line to a file of the folder, once for all processes."
@@ -379,7 +381,7 @@ def report(self:Run, line): # dict with at least loss
         self.saved = time.time()
     return line
 
-# %% ../nbs/10_run.ipynb #10-39
+# %% ../nbs/10_run.ipynb #10-43
 @patch
 def progress(self:Run, line):
     "Prints how far the run is and how long it will take."
@@ -395,13 +397,13 @@ def log(self:Run):
     "The log so far, a list of dicts."
     return read_log(self.out)
 
-# %% ../nbs/10_run.ipynb #10-49
+# %% ../nbs/10_run.ipynb #10-53
 def fingerprint(names): # file names in order
     "How many images, and a hash of their names."
     digest = hashlib.sha256(os.fsencode('\n'.join(names))).hexdigest()
     return f'{len(names)} images {digest[:12]}'
 
-# %% ../nbs/10_run.ipynb #10-52
+# %% ../nbs/10_run.ipynb #10-56
 def _read_small(path, encoder):
     "As `read_run`, of a .safetensors file that says which run it is of."
     state = read_file(path, load_file)
@@ -427,7 +429,7 @@ def read_run(folder, encoder='online'): # run folder, its .safetensors file or '
     state = {n.removeprefix(prefix): t.clone(memory_format=torch.contiguous_format) for n, t in own.items()}
     return state, saved['config'], saved['step']
 
-# %% ../nbs/10_run.ipynb #10-53
+# %% ../nbs/10_run.ipynb #10-57
 def trained_backbone(run, # run folder of train.ipynb, its .safetensors file, or 'kept'
                      make=make_backbone, # function of name and stride that gives the module
                      encoder='online'): # or 'target'

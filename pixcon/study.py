@@ -246,6 +246,7 @@ def matches(training): # a run
     c = training.config
     return lambda backbone: look_at_matches(backbone, training.images, c.size, c.min_scale)
 
+# %% ../nbs/22_study.ipynb #22-25
 def run_study(config, given, # StudyConfig, other parameters of the runs (dict)
               tests, show=print): # of `study_tests`, called with a line for each run
     "Trains what is not trained and scores what is not scored; returns whether all is there."
@@ -267,7 +268,7 @@ def run_study(config, given, # StudyConfig, other parameters of the runs (dict)
         show(f"{variant_title(job[0])}, {job[1]} epochs, seed {job[2]}: {', '.join(wanted)}")
     return True
 
-# %% ../nbs/22_study.ipynb #22-28
+# %% ../nbs/22_study.ipynb #22-30
 def paired_difference(values, base): # one for each seed, as Series by seed
     "Mean difference of equal seeds, its 95 % interval (NaN below three), how many there are."
     d = (values - base).dropna().to_numpy()                        # (n,)
@@ -278,7 +279,7 @@ def paired_difference(values, base): # one for each seed, as Series by seed
     elif len(d) > 2: low = high = d[0]
     return dict(difference=d.mean() if len(d) else math.nan, low=low, high=high, pairs=len(d))
 
-# %% ../nbs/22_study.ipynb #22-31
+# %% ../nbs/22_study.ipynb #22-33
 def summary_table(table, # of `read_study`
                   task, score='miou', base='moco'): # what was scored, method to compare with
     "Epochs, method, n, mean, deviation and the paired difference to the base, a line for each."
@@ -297,7 +298,7 @@ def summary_table(table, # of `read_study`
              'difference', 'low', 'high', 'pairs']
     return pd.DataFrame(rows, columns=names)
 
-# %% ../nbs/22_study.ipynb #22-34
+# %% ../nbs/22_study.ipynb #22-36
 def in_words(row): # of `summary_table`, with a difference
     "What a line of the table allows to say, a sentence."
     name = variant_title(row['variant'])
@@ -315,7 +316,7 @@ def verdict(table, task, score='miou'): # of `read_study`
     rows = summary_table(table, task, score).to_dict('records')
     return [in_words(row) for row in rows if row['variant'] not in ('random', 'moco')]
 
-# %% ../nbs/22_study.ipynb #22-37
+# %% ../nbs/22_study.ipynb #22-39
 task_names = dict(linear='linear probe', knn='k-NN', logistic='logistic probe', kmeans='k-means',
                   keypoints='keypoints')
 _method_colours = dict(zip(methods, colours))                      # late ones are dashed
@@ -344,6 +345,7 @@ def draw_score(ax, values, legend=True): # lines of one score, whether to name t
     ax.minorticks_off()
     if legend: ax.legend(fontsize=9)
 
+# %% ../nbs/22_study.ipynb #22-41
 def show_study(table, # of `read_study`
                score='miou', tasks=None, size=4.2): # which score, tasks in order, height in inches
     "Score against steps, a line for each method with a band of one deviation; returns the axes."
@@ -357,7 +359,7 @@ def show_study(table, # of `read_study`
     sns.despine()
     return axes[0]
 
-# %% ../nbs/22_study.ipynb #22-38
+# %% ../nbs/22_study.ipynb #22-42
 def show_matches_found(table, size=3.6): # of `read_study`, height in inches
     "Matches that are right and matches that stay in place, against steps; returns the axes."
     found = table[table['task'] == 'matches']
@@ -371,7 +373,7 @@ def show_matches_found(table, size=3.6): # of `read_study`, height in inches
     sns.despine()
     return axes
 
-# %% ../nbs/22_study.ipynb #22-41
+# %% ../nbs/22_study.ipynb #22-45
 def study_results(folder): # with studies at any depth
     "Scores of all studies below a folder, as `read_results` gives those of other evaluations."
     tables = [read_study(path.parent) for path in sorted(Path(folder).rglob('study.csv'))]
@@ -397,7 +399,7 @@ def all_results(folder): # with runs, results and studies at any depth
     whole = pd.concat(parts)
     return whole.assign(variant=pd.Categorical(whole['variant'], list(names)))
 
-# %% ../nbs/22_study.ipynb #22-44
+# %% ../nbs/22_study.ipynb #22-48
 def as_markdown(table): # of `results_table`
     "A table with a line for each method as Markdown."
     head = ['', *(f'{task}, {score}' for task, score in table.columns)]

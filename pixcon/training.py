@@ -100,12 +100,13 @@ def configure(processes=1, # that will share each batch, for `hours`
         _fill_in(c, given, len(images))
     return c, images
 
+# %% ../nbs/12_training.ipynb #12-11
 def known_epochs(out):
     "Epochs of the run in a folder, None if there is none."
     path = Path(out)/'config.json'
     return json.loads(path.read_text())['epochs'] if path.exists() else None
 
-# %% ../nbs/12_training.ipynb #12-12
+# %% ../nbs/12_training.ipynb #12-14
 class Batches:
     "This process's parts of a run's batches from a step on, lists of (epoch, image index)."
     def __init__(self, n, batch, epochs, # images, images in a step, epochs
@@ -128,7 +129,7 @@ class Batches:
         "The images of an epoch, (n,)."
         return np.random.default_rng((self.seed, epoch, 0, 2)).permutation(self.n)
 
-# %% ../nbs/12_training.ipynb #12-15
+# %% ../nbs/12_training.ipynb #12-17
 _may_differ = ('accumulate', 'save_epochs', 'data', 'epochs', 'compile', 'deterministic',
                'cache', 'warmup_epochs', 'hours', 'recipe')
 
@@ -153,7 +154,7 @@ class Pretraining:
         self.run = Run(config, parts, total, identity, _may_differ,
                        config.save_epochs*self.steps_per_epoch, rank(), gather_objects)
 
-# %% ../nbs/12_training.ipynb #12-16
+# %% ../nbs/12_training.ipynb #12-18
 def build_model(c): # PretrainConfig
     "The model that the parameters describe; raises ValueError if a view has one cell only."
     model = PixCon(c.backbone, c.matching, c.reweight, c.dense_weight, c.tau, c.power, c.queue,
@@ -164,6 +165,7 @@ def build_model(c): # PretrainConfig
     raise ValueError(f'views of {c.size} pixels give {c.backbone} a map of one cell, '
                      'take a larger size or a smaller stride')
 
+# %% ../nbs/12_training.ipynb #12-20
 def compiles(device):
     "Whether torch.compile works on this machine; if not, a warning says why."
     try: torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
@@ -184,6 +186,7 @@ def prepare(self:Pretraining, total): # steps of the run
         self.model.online.backbone.compile()
         self.model.target.backbone.compile()
 
+# %% ../nbs/12_training.ipynb #12-22
 @patch
 def names(self:Pretraining):
     "What the images are called, a list of str."
@@ -195,7 +198,7 @@ def name_of(self:Pretraining, i):
     "Where image i is, or its number."
     return str(self.images.paths[i]) if hasattr(self.images, 'paths') else i
 
-# %% ../nbs/12_training.ipynb #12-18
+# %% ../nbs/12_training.ipynb #12-24
 @patch
 def train_step(self:Pretraining, parts): # a batch of the loader, or a tuple of its parts
     "One optimizer step; returns what the model's forward returned for the last part."
@@ -216,7 +219,7 @@ def train_step(self:Pretraining, parts): # a batch of the loader, or a tuple of 
     self.run.advance(good, [self.name_of(i) for i in indices])
     return outs[-1]
 
-# %% ../nbs/12_training.ipynb #12-20
+# %% ../nbs/12_training.ipynb #12-26
 @patch
 def learn_dense(self:Pretraining, on): # bool
     "Turns the dense loss on or off where it is not yet so; processes then share other gradients."
@@ -241,6 +244,7 @@ def weight_totals(self:Pretraining, parts):
         sums = [self.model.weight_sums(*self.views(part)) for part in parts]
     return None if sums[0] is None else torch.stack(sums).mean(0)
 
+# %% ../nbs/12_training.ipynb #12-28
 @patch
 def backward(self:Pretraining, part, # dict of tensors from the loader
              totals=None, # of `weight_totals`
@@ -252,7 +256,7 @@ def backward(self:Pretraining, part, # dict of tensors from the loader
         self.scaler.scale(loss/n).backward()
     return out
 
-# %% ../nbs/12_training.ipynb #12-22
+# %% ../nbs/12_training.ipynb #12-30
 @patch
 def gathered(self:Pretraining, outs): # what forward returned for each part
     "The keys of the whole batch in the order of its images, from all parts and processes."
@@ -267,7 +271,7 @@ def enqueued_view(seed, step):
     "Which view's keys go into the queues at a step, 0 or 1 with equal chance."
     return int(np.random.default_rng((seed, step, 0, 1)).random() < .5)
 
-# %% ../nbs/12_training.ipynb #12-26
+# %% ../nbs/12_training.ipynb #12-34
 def _bytes(tensors): return sum(t.numel()*t.element_size() for t in tensors)
 
 def kept_by_forward(training, images=2):
@@ -294,7 +298,7 @@ def memory(training): # Pretraining
     view = (four - two)/2
     return held + two - 2*view, 2*view
 
-# %% ../nbs/12_training.ipynb #12-29
+# %% ../nbs/12_training.ipynb #12-37
 def free_memory(device):
     "Bytes that are free on the GPU or in the machine, None where that is not known."
     if device == 'cuda': return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
@@ -323,7 +327,7 @@ def out_of_memory(training, processes=1):
     usual = f'a step does not fit into the memory: try accumulate {2*n}'
     return too_large(training, processes) or usual
 
-# %% ../nbs/12_training.ipynb #12-32
+# %% ../nbs/12_training.ipynb #12-40
 @patch
 def fits(self:Pretraining):
     "Whether decoded images are kept in memory: as asked for, or if they take less than 2 GB."
@@ -334,6 +338,7 @@ def fits(self:Pretraining):
     n = len(self.images)
     return n*np.mean([size(i) for i in range(0, n, max(n//32, 1))]) < 2e9
 
+# %% ../nbs/12_training.ipynb #12-42
 def cached(images): # anything with a length and uint8 (3,H,W) items
     "`Cached` images, in memory once for all processes of a machine."
     if world() == 1: return Cached(images)
@@ -355,7 +360,7 @@ def cached(images): # anything with a length and uint8 (3,H,W) items
         at += n
     return kept
 
-# %% ../nbs/12_training.ipynb #12-33
+# %% ../nbs/12_training.ipynb #12-43
 @patch
 def kept(self:Pretraining):
     "The images on the device, decoded by as many processes as load otherwise."
@@ -383,7 +388,7 @@ def steps(self:Pretraining):
     parts = iter(self.loader())
     while step := tuple(itertools.islice(parts, self.config.accumulate)): yield step
 
-# %% ../nbs/12_training.ipynb #12-34
+# %% ../nbs/12_training.ipynb #12-44
 @patch
 def try_step(self:Pretraining, parts):
     "As `train_step`; where a GPU's memory ends, MemoryError says what would fit."
@@ -405,7 +410,7 @@ def fit(self:Pretraining, until=math.inf): # seconds since 1970 at which one pro
     self.finish()
     return self.run.log()
 
-# %% ../nbs/12_training.ipynb #12-36
+# %% ../nbs/12_training.ipynb #12-46
 @patch
 def log_line(self:Pretraining, out): # what the last step returned
     "What is known after a step, a flat dict."
@@ -429,7 +434,7 @@ def finish(self:Pretraining):
     about |= dict(step=str(self.run.step), encoder='online', config=json.dumps(asdict(self.config)))
     save_file(weights, self.run.out/'backbone.safetensors', about)
 
-# %% ../nbs/12_training.ipynb #12-38
+# %% ../nbs/12_training.ipynb #12-48
 @patch
 def unread_file(self:Pretraining):
     "Where this process lists the images that it could not read."
@@ -452,6 +457,7 @@ def note_unread(self:Pretraining, parts):
         append_line(self.unread_file(), line)
     if world() == 1: self.refuse_unread()                          # several do at the next line of the log
 
+# %% ../nbs/12_training.ipynb #12-50
 @patch
 def refuse_unread(self:Pretraining):
     "Stops the run when the images not read, by all processes together, are more than 1 % of all."
@@ -463,7 +469,7 @@ def refuse_unread(self:Pretraining):
                      f'{names}\n'
                      f'Mend them or take them out. The checkpoint in {self.run.out} is intact')
 
-# %% ../nbs/12_training.ipynb #12-41
+# %% ../nbs/12_training.ipynb #12-53
 def seconds_per_step(config, images, processes=1, # PretrainConfig, images, that will share each batch
                      most=60, steps=40): # stop timing after so many seconds, after so many steps
     "Mean time of a step, of a run that is thrown away; the same on all processes."
@@ -488,7 +494,7 @@ def epochs_in_hours(config, images, processes=1): # as for `seconds_per_step`
     if epochs: return epochs
     raise ValueError(f'one epoch takes {step*steps/3600:.2g} hours here, hours is {config.hours:g}')
 
-# %% ../nbs/12_training.ipynb #12-48
+# %% ../nbs/12_training.ipynb #12-60
 def pretrain(**given): # parameters by name
     "Trains a run to its end, alone or as one of several processes; returns the log."
     training = Pretraining(*configure(**given))
@@ -498,6 +504,6 @@ def pretrain(**given): # parameters by name
               f'on {world()} x {training.device}; run folder {run.out}', flush=True)
     return training.fit()
 
-# %% ../nbs/12_training.ipynb #12-59
+# %% ../nbs/12_training.ipynb #12-71
 if __name__ == '__main__' and '__file__' in globals():
     main('pixcon.training', PretrainConfig, pretrain)

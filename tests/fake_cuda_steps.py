@@ -163,13 +163,13 @@ def plant(made, bug):
         return own(box/torch.tensor(1., device=box.device), centres, index, grid, max_dist)
     def blocking(view, draw, own=made.photometric):
         return own(view, draw) + 0*torch.rand(len(view), 1, 1, 1, 1).to('cuda')
-    if bug == 'host index': model.PixCon.match = host_index
-    if bug == 'copy of a number': matching._within = on_the_way
-    if bug == 'read loss': made.net = read_loss
+    if bug == 'host-index': model.PixCon.match = host_index
+    if bug == 'copy-of-a-number': matching._within = on_the_way
+    if bug == 'read-loss': made.net = read_loss
     if bug == 'mask': made.net = mask
-    if bug == 'blocking copy': made.photometric = blocking
-    if bug == 'queue on the host': net.dense_queue.keys = torch.zeros(tuple(net.dense_queue.keys.shape))
-    if bug == 'momentum layout':
+    if bug == 'blocking-copy': made.photometric = blocking
+    if bug == 'queue-on-the-host': net.dense_queue.keys = torch.zeros(tuple(net.dense_queue.keys.shape))
+    if bug == 'momentum-layout':
         for values in made.optimizer.state.values():
             for n, v in values.items(): values[n] = v.contiguous()
 
@@ -179,9 +179,7 @@ KINDS = dict(step=step, log=log, resume=resume, segment=segmentation, norms=norm
 
 def said_by(case):
     "'well', or the traceback of a case."
-    kind, *words = case.split(maxsplit=1)
-    words = words[0].split(';')[0].split() if words else []
-    words += ['plant=' + case.split('plant=')[1]] if 'plant=' in case else []
+    kind, *words = case.split()
     own = model.PixCon.match, matching._within
     mode = fake_cuda.FakeCuda()
     try:

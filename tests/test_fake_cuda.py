@@ -22,10 +22,10 @@ pytestmark = pytest.mark.skipif(bool(absent), reason=f"this torch, {torch.__vers
 
 
 PLANTED = {
-    'host index': 'two devices', 'copy of a number': 'blocks', 'read loss': '_local_scalar_dense', 'blocking copy': 'blocks',
-    'mask': 'by a mask', 'momentum layout': 'fused kernel refuses', 'queue on the host': 'two devices'}
+    'host-index': 'two devices', 'copy-of-a-number': 'blocks', 'read-loss': '_local_scalar_dense', 'blocking-copy': 'blocks',
+    'mask': 'by a mask', 'momentum-layout': 'fused kernel refuses', 'queue-on-the-host': 'two devices'}
 CASES = [f'step {c}'.strip() for c in STEPS] + OTHERS
-WITH_BUG = {bug: f'step matching=coord max_dist=.7; plant={bug}' for bug in PLANTED}
+WITH_BUG = {bug: f'step matching=coord max_dist=.7 plant={bug}' for bug in PLANTED}
 
 
 @pytest.fixture(scope='module')
