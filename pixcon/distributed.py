@@ -46,8 +46,17 @@ def device():
     return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 # %% ../nbs/11_distributed.ipynb #11-10
+def _refuse_old_addresses():
+    "Raises ValueError if a group that is begun again may read the addresses of the one before."
+    again = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0))
+    if not again or os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True': return
+    raise ValueError(f'--max-restarts {again} needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the '
+                     'environment and --standalone or --rdzv-backend c10d, or the new processes '
+                     'may wait for ended ones')
+
 def join():
-    "Joins the other processes of the run, started by torchrun, raises ValueError if there are too few GPUs."
+    "Joins the processes of the run that torchrun started; raises ValueError if GPUs or a setting are missing."
+    _refuse_old_addresses()
     local, here = int(os.environ['LOCAL_RANK']), int(os.environ['LOCAL_WORLD_SIZE'])
     if torch.cuda.is_available():
         if here > torch.cuda.device_count():

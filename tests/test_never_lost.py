@@ -32,9 +32,9 @@ environment = {k: v for k, v in os.environ.items() if k not in not_given} | dict
 def flags(**given): return [f'--{n}={v}' for n, v in {**TINY, **given}.items()]
 
 
-def start(*words, **kwargs):
+def start(*words, given=None, **kwargs):
     "A Python process with one thread, whose output is collected."
-    return subprocess.Popen([sys.executable, *words], env=environment, stdout=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, *words], env=environment | (given or {}), stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True, **kwargs)
 
 
@@ -354,12 +354,15 @@ def test_two_nodes(tmp_path):
     assert 'on 2 x cpu' in said[0] + said[1] and len(read_log(tmp_path/'run')) == 10
 
 
+RESTARTED = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', '--max-restarts=2', '-m', MODULE]
+
+
 def test_a_killed_process_is_begun_again(tmp_path):
     "torchrun starts the group anew from the last checkpoint: the run ends with the bits of one that was left alone."
-    words = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', '--max-restarts=2', '-m', MODULE]
-    whole = start(*words, *flags(out=tmp_path/'whole'))
+    given = dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
+    whole = start(*RESTARTED, *flags(out=tmp_path/'whole'), given=given)
     assert whole.wait(timeout=200) == 0, whole.stdout.read()
-    run = start(*words, *flags(out=tmp_path/'run'))
+    run = start(*RESTARTED, *flags(out=tmp_path/'run'), given=given)
     until = time.time() + 100
     while len(read_log(tmp_path/'run')) < 12 and time.time() < until: time.sleep(.02)
     children = Path(f'/proc/{run.pid}/task/{run.pid}/children').read_text().split()
@@ -367,6 +370,14 @@ def test_a_killed_process_is_begun_again(tmp_path):
     said = run.communicate(timeout=200)[0]
     assert run.returncode == 0 and 'continuing' in said, said
     same(tmp_path/'whole', tmp_path/'run')
+
+
+def test_old_addresses_are_refused(tmp_path):
+    "Without the setting that gives a new group new addresses it might wait for ended processes."
+    run = start(*RESTARTED, *flags(out=tmp_path/'run'))
+    said = run.communicate(timeout=200)[0]
+    assert run.returncode and '--max-restarts 2 needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1' in said, said
+    assert not (tmp_path/'run').exists()
 
 
 def test_a_process_that_dies_stops_the_others(tmp_path):
