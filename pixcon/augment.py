@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['n_draws', 'imagenet_mean', 'imagenet_std', 'random_box', 'two_boxes', 'TwoViews', 'box_rates', 'colour_matrices',
-           'gaussian_blur', 'Photometric', 'denormalise', 'resize_weights', 'kept_size', 'kept_sizes', 'Resident']
+           'gaussian_blur', 'Photometric', 'denormalise', 'resize_weights', 'kept_size', 'kept_sizes', 'Resident',
+           'FileViews', 'collate_files', 'cut_files']
 
 # %% ../nbs/03_augment.ipynb #03-02
 import math
@@ -13,8 +14,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from fastcore.basics import patch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms.v2.functional import resize, resized_crop
+from .data import decode_files, encoded
 
 # %% ../nbs/03_augment.ipynb #03-07
 def _centre_box(height, width, ratio):
@@ -350,3 +352,37 @@ def cut(self:Resident, start, line, height, width, flip, # (m,) each
     columns = torch.where(flip[:, None, None] == 1, columns.flip(1), columns)
     view = torch.einsum('mhxc,mwx->mchw', rows.view(len(rows), size[0], -1, 3), columns)
     return view.round_().clamp_(0, 255).byte()
+
+# %% ../nbs/03_augment.ipynb #03-66
+class _Shapes:
+    "Images without their pixels, as large as `scan` found them."
+    def __init__(self, images): self.images = images
+    def __len__(self): return len(self.images)
+    def __getitem__(self, i):
+        if i in self.images.bad: raise ValueError(self.images.bad[i])
+        return torch.empty(3, *self.images.sizes[i].tolist(), dtype=torch.uint8, device='meta')
+
+class FileViews:
+    "As `TwoViews`, with the file of each image in place of its views."
+    def __init__(self, images, **given): # ImageList after `scan`, parameters of `TwoViews`
+        self.paths = images.paths
+        self.views = TwoViews(_Shapes(images), **given, pixels=False)
+    def __len__(self): return len(self.paths)
+    def __getitem__(self, key): # i, or (epoch, i)
+        item = self.views[key]
+        return item | dict(file=encoded(self.paths[item['index']]))
+
+def collate_files(items):
+    "A batch of `FileViews`, its files as a list."
+    files = [item.pop('file') for item in items]
+    return default_collate(items) | dict(file=files)
+
+# %% ../nbs/03_augment.ipynb #03-67
+def cut_files(batch, size, # of `collate_files`, pixels per side of a view
+              decode, device): # of `device_decoder`, and the same device
+    "Views of a batch of files, uint8 (B,2,3,h,w) on the device; raises as `decode_files` does."
+    images = decode_files(batch['file'], decode, device)
+    kept = Resident(images, device)
+    ends = batch['box'].view(-1, 2, 2, 2).sum(2)                   # (B,2,2) bottom and right of both boxes
+    if (ends.amax(1) > kept.sizes).any(): raise ValueError('an image is smaller than its file says')
+    return kept.views(torch.arange(len(images)), batch['box'], batch['flip'], [size, size])

@@ -92,8 +92,7 @@ class RunConfig:
 @dataclass(kw_only=True)
 class PretrainConfig(RunConfig):
     "Everything that a pre-training run depends on."
-    data: str = param(
-        '', "folder(s), glob or 'scenes', '' for $PIXCON_DATA or the built-in ones")
+    data: str = param('', "folder(s), glob or 'scenes', '' for $PIXCON_DATA or the built-in ones")
     recipe: str = param(
         'auto', "'paper', 'small', or 'auto': small for the built-in scenes, else paper",
         ('auto', 'paper', 'small'))
@@ -131,6 +130,7 @@ class PretrainConfig(RunConfig):
     compile: str = param('auto', 'torch.compile, auto: long runs on one GPU', ('auto', 'on', 'off'))
     deterministic: bool = param(False, 'the same bits on the same GPU again, slower')
     cache: str = param('auto', 'where decoded images are kept', ('auto', 'ram', 'device', 'off'))
+    decode: str = param('cpu', "what decodes files, 'device' the GPU where it can", ('cpu', 'device'))
     cache_size: int = param(0, 'short side of images kept on the device, 0 as they are', least=0)
     save_epochs: int = param(10, 'epochs between two checkpoints, 0 for by time only', least=0)
 

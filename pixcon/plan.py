@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['image_work', 'machine_rates', 'step_cost', 'run_cost', 'exchange_cost', 'epochs_that_fit', 'pair_rates', 'departures',
-           'plan']
+           'room_for_images', 'plan']
 
 # %% ../nbs/13_plan.ipynb #13-02
 import copy
@@ -14,16 +14,17 @@ from dataclasses import asdict
 import numpy as np
 import torch
 from torch.nn.functional import normalize
-from torch.utils.data import Subset
+from torch.utils.data import Subset, default_collate
 from torch.utils.flop_counter import FlopCounterMode
-from .augment import TwoViews, box_rates, kept_sizes, two_boxes
+from .augment import (FileViews, Resident, TwoViews, box_rates, collate_files, kept_sizes,
+                            two_boxes)
 from .config import PretrainConfig, variant
 from .data import Cached
 from .encoder import feature_shape, update_target
 from .loss import info_nce, own_key_fraction
 from .matching import overlap
 from .run import autocast, loader_workers
-from .training import memory, too_large
+from .training import free_memory, memory, too_large
 
 # %% ../nbs/13_plan.ipynb #13-05
 def image_work(model, size): # PixCon, pixels per side of a view
@@ -50,20 +51,41 @@ def _seconds(f, device):
         times.append(time.perf_counter() - start)
     return min(times[first:])
 
-def _read_rate(images, size, in_memory):
-    "Images whose two views one thread makes per second."
-    n = len(images)
-    if in_memory: images = Cached(Subset(images, range(0, n, max(n//8, 1))))
-    views, threads = TwoViews(images, size), torch.get_num_threads()
-    spots = range(0, len(images), max(len(images)//8, 1))
+def _some(images, most):
+    "Numbers of some images from all over the set."
+    return range(0, len(images), max(len(images)//most, 1))
+
+def _read_rate(training):
+    "Images that one thread makes ready for the device per second."
+    c, images, threads = training.config, training.images, torch.get_num_threads()
+    if c.cache == 'device': return math.inf
+    if training.fits(): images = Cached(Subset(images, _some(images, 8)))
+    make = FileViews if c.decode == 'device' else TwoViews
+    views, spots = make(images, size=c.size), _some(images, 8)
     torch.set_num_threads(1)
     try: return len(spots)/_seconds(lambda: [views[0, i] for i in spots], 'cpu')
     finally: torch.set_num_threads(threads)
 
 # %% ../nbs/13_plan.ipynb #13-08
+def _cut_rate(training):
+    "Images whose views the device makes per second, infinite where the loader brings them."
+    c, images, spots = training.config, training.images, _some(training.images, 32)
+    if c.decode == 'device':
+        views = FileViews(images, size=c.size)
+        batch = collate_files([views[0, i] for i in spots])
+        return len(spots)/_seconds(lambda: training.cut(batch), training.device)
+    if c.cache != 'device': return math.inf
+    good = [x for x in Cached(Subset(images, spots)).kept if torch.is_tensor(x)]
+    kept = Resident(good, training.device, c.cache_size)
+    views = TwoViews(kept, c.size, pixels=False)
+    batch = default_collate([views[0, i] for i in range(len(kept))])
+    where = batch['index'], batch['box'], batch['flip'], [c.size, c.size]
+    return len(kept)/_seconds(lambda: kept.views(*where), training.device)
+
+# %% ../nbs/13_plan.ipynb #13-09
 def machine_rates(training, # Pretraining
                   images=0): # how many to time with, 0 for a part of a batch or what is quick
-    "FLOP of networks and loss, pixels augmented, parameters updated and images read per second."
+    "FLOP of networks and loss, pixels augmented, parameters updated, images read and cut per second."
     c, device, model = training.config, training.device, copy.deepcopy(training.model)
     work = image_work(model, c.size)['network']
     part = c.batch//c.accumulate
@@ -86,9 +108,9 @@ def machine_rates(training, # Pretraining
     parameters = sum(p.numel() for p in model.online.parameters())
     return dict(network=n*work/_seconds(network, device), augment=view.numel()/augment,
                 loss=4*q.numel()*len(keys)/loss, update=parameters/(3*update),
-                read=_read_rate(training.images, c.size, training.fits()))
+                read=_read_rate(training), cut=_cut_rate(training))
 
-# %% ../nbs/13_plan.ipynb #13-10
+# %% ../nbs/13_plan.ipynb #13-11
 def step_cost(config, # PretrainConfig
               parameters, work, rates, # of the online encoder, of `image_work`, of `machine_rates`
               gpus=1, cores=0): # that share a batch, that read, 0 for the one that trains
@@ -97,7 +119,8 @@ def step_cost(config, # PretrainConfig
     parts = dict(network=n*work['network']/rates['network'],
                  loss=n*work['loss']/rates['loss'],
                  augment=n*6*config.size**2/rates['augment'],
-                 update=parameters/rates['update'])
+                 update=parameters/rates['update'],
+                 cut=n/rates.get('cut', math.inf))
     compute, read = sum(parts.values()), config.batch/rates['read']/max(cores, 1)
     step = max(compute, read) if cores else compute + read
     parts['read'] = read
@@ -113,11 +136,10 @@ def run_cost(training, gpus=1): # Pretraining
     if c.accumulate > 1 and variant(c) == 'sr':
         work['network'] *= 1.5                                     # the weights of the whole batch first
     rates = machine_rates(training, part if training.device == 'cuda' else 0)
-    if c.cache == 'device': rates['read'] = math.inf
     row = step_cost(c, parameters, work, rates, gpus, cores)
     return dict(**row, hours=(run.total - run.step)*row['step']/3600)
 
-# %% ../nbs/13_plan.ipynb #13-15
+# %% ../nbs/13_plan.ipynb #13-16
 def exchange_cost(config, parameters, norms, # PretrainConfig, learned numbers, batch-norm layers
                   network, gpus, # seconds of the networks in a step, that share a batch
                   bandwidth, latency): # bytes per second of an all-reduce, seconds of a small one
@@ -128,12 +150,12 @@ def exchange_cost(config, parameters, norms, # PretrainConfig, learned numbers, 
     return dict(gradients=max(ring - network/2, 0.), statistics=6*norms*latency,
                 keys=keys + 2*latency)
 
-# %% ../nbs/13_plan.ipynb #13-20
+# %% ../nbs/13_plan.ipynb #13-21
 def epochs_that_fit(hours, cost, steps_per_epoch): # hours there are, row of `step_cost`
     "Whole epochs that can be trained in some hours."
     return int(hours*3600/(cost['step']*steps_per_epoch))
 
-# %% ../nbs/13_plan.ipynb #13-23
+# %% ../nbs/13_plan.ipynb #13-24
 def pair_rates(training, draws=1000): # Pretraining on an ImageList, pairs to draw
     "Fractions of pairs that need the centred box, need a box slid, and share no whole cell."
     c, rng = training.config, np.random.default_rng(0)
@@ -147,9 +169,9 @@ def pair_rates(training, draws=1000): # Pretraining on an ImageList, pairs to dr
     empty = (~inside.any(2)).any(1).float().mean().item()
     return *box_rates(sizes, draws, scale=scale), empty
 
-# %% ../nbs/13_plan.ipynb #13-26
+# %% ../nbs/13_plan.ipynb #13-27
 _of_the_machine = {'data', 'out', 'recipe', 'seed', 'scenes', 'scene_size', 'workers', 'cache',
-                   'log_steps', 'save_minutes', 'save_epochs', 'compile', 'deterministic', 'amp'}
+                   'decode', 'log_steps', 'save_minutes', 'save_epochs', 'compile', 'deterministic', 'amp'}
 
 def _why(name, c, n):
     "Why a parameter is not the paper's, where the code chose it."
@@ -171,7 +193,23 @@ def departures(c, n): # PretrainConfig, how many images
         rows.append(f'  {name} = {value!r}, paper {paper[name]!r}{why}')
     return rows
 
-# %% ../nbs/13_plan.ipynb #13-27
+# %% ../nbs/13_plan.ipynb #13-29
+def room_for_images(training, step, # Pretraining, bytes that a step takes in a process
+                    processes=1, free=None): # that share a batch, bytes there are, None for what is free
+    "A line of the plan: how large the decoded images are, and whether the device can keep them."
+    c, device = training.config, training.device
+    size = 3*kept_sizes(training.images, c.cache_size).prod(1).sum().item()
+    at = f' at a short side of {c.cache_size}' if c.cache_size else ''
+    said = f'images: {size/1e9:.2f} GB decoded{at}'
+    free = free or free_memory(device)
+    if not free: return said
+    room = free/(processes if device == 'cpu' else 1) - step
+    said += f', {max(room, 0)/1e9:.2f} GB of {device} memory left by a step: '
+    if size <= room: return f'{said}cache device fits'
+    if c.cache == 'device': return f'NOT ENOUGH MEMORY for cache device: {said}choose a smaller cache_size'
+    return f'{said}cache device does not fit (a smaller cache_size may, decode device keeps nothing)'
+
+# %% ../nbs/13_plan.ipynb #13-30
 def plan(training, processes=1): # Pretraining, that will share each batch
     "The run as text: how long, how large, and each parameter that differs from the paper's recipe."
     c, run, gpu = training.config, training.run, training.device == 'cuda'
@@ -190,8 +228,7 @@ def plan(training, processes=1): # Pretraining, that will share each batch
         f'queue: {c.queue:,} keys of {n:,} images, {own_key_fraction(c.queue, n):.1%} of the queries '
         'meet an older key of their own image among the negatives']
     if hasattr(training.images, 'sizes'):
-        pixels = kept_sizes(training.images, c.cache_size).prod(1).sum().item()
-        lines.append(f'images: {3*pixels/1e9:.2f} GB decoded, on the device if cache is device')
+        lines.append(room_for_images(training, held + part*image, processes))
         lines.append('pairs of views: {:.1%} need the centred box, {:.1%} the second box slid, '
                      '{:.1%} share no whole cell'.format(*pair_rates(training)))
     rows = departures(c, n)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ema_momentum', 'learning_rate', 'configure', 'known_epochs', 'Batches', 'Pretraining', 'build_model', 'compiles',
-           'enqueued_view', 'kept_by_forward', 'memory', 'free_memory', 'too_large', 'out_of_memory', 'cached',
+           'enqueued_view', 'kept_by_forward', 'memory', 'free_memory', 'too_large', 'out_of_memory', 'cached', 'drawn',
            'seconds_per_step', 'epochs_in_hours', 'pretrain']
 
 # %% ../nbs/12_training.ipynb #12-02
@@ -23,11 +23,12 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader
-from .augment import Photometric, Resident, TwoViews
+from torch.utils.data import DataLoader, default_collate
+from .augment import (FileViews, Photometric, Resident, TwoViews, collate_files,
+                            cut_files)
 from .config import (RECIPES, PretrainConfig, check, check_out, default_out, resolve,
                            variant)
-from .data import Cached, refuse_bad, scan
+from .data import Cached, device_decoder, refuse_bad, scan
 from .distributed import (device, gather_objects, gather_tensor, local_rank, main,
                                 once_a_machine, rank, shared, world)
 from .encoder import feature_shape, library_weights
@@ -65,6 +66,15 @@ def _run_name(c, images):
     length = f'{c.hours:g}h' if c.hours else f'{c.epochs}ep'
     return f'{data}-{variant(c)}{late}-{length}-seed{c.seed}'
 
+def _check_decode(c, images):
+    "Raises ValueError if images can't be decoded as the parameters say."
+    if c.cache_size and c.cache != 'device':
+        raise ValueError(f"cache_size is for images kept on the device: set cache to 'device', got {c.cache!r}")
+    if c.decode == 'cpu': return
+    if not hasattr(images, 'paths'): raise ValueError("decode 'device' is for files, the built-in scenes have none")
+    if c.cache in ('ram', 'device'):
+        raise ValueError(f"decode 'device' is for images that are not kept: set cache to 'off', got {c.cache!r}")
+
 def _fill_in(c, given, n):
     "Sets what was not given and depends on the batch, the epochs or the number of images n."
     if 'lr' not in given and c.optimizer == 'sgd': c.lr = .4*c.batch/512
@@ -84,8 +94,7 @@ def configure(processes=1, # that will share each batch, for `hours`
     recipe = given.get('recipe', 'auto')
     if recipe == 'auto': recipe = 'small' if isinstance(images, Scenes) else 'paper'
     c = resolve(PretrainConfig, RECIPES, recipe, given, _rates)
-    if c.cache_size and c.cache != 'device':
-        raise ValueError(f"cache_size is for images kept on the device: set cache to 'device', got {c.cache!r}")
+    _check_decode(c, images)
     _fill_in(c, given, len(images))
     if c.batch > len(images):
         n = len(images)
@@ -131,7 +140,7 @@ class Batches:
 
 # %% ../nbs/12_training.ipynb #12-17
 _may_differ = ('accumulate', 'save_epochs', 'data', 'epochs', 'compile', 'deterministic',
-               'cache', 'warmup_epochs', 'hours', 'recipe')
+               'cache', 'decode', 'warmup_epochs', 'hours', 'recipe')
 
 class Pretraining:
     "One pre-training run, `fit` trains it to its end, from where its folder left off."
@@ -331,6 +340,7 @@ def out_of_memory(training, processes=1):
 @patch
 def fits(self:Pretraining):
     "Whether decoded images are kept in memory: as asked for, or if they take less than 2 GB."
+    if self.config.decode == 'device': return False
     if self.config.cache != 'auto': return self.config.cache == 'ram'
     def size(i):
         try: return self.images[i].numel()
@@ -369,26 +379,46 @@ def kept(self:Pretraining):
         self.resident = Resident(self.images, self.device, c.cache_size, loader_workers(c.workers))
     return self.resident
 
+def drawn(training): # Pretraining
+    "The data set behind the loader: views, or boxes where views are cut on the device."
+    c, given = training.config, dict(size=training.config.size, seed=training.config.seed)
+    given['scale'] = c.min_scale, 1.
+    if c.decode == 'device': return FileViews(training.images, **given)
+    if c.cache == 'device': return TwoViews(training.kept(), **given, pixels=False)
+    return TwoViews(cached(training.images) if training.fits() else training.images, **given)
+
 @patch
 def loader(self:Pretraining):
     "Parts of batches from the present step to the end of the run."
-    c, on_device, in_memory = self.config, self.config.cache == 'device', self.fits()
-    images = self.kept() if on_device else cached(self.images) if in_memory else self.images
-    views = TwoViews(images, c.size, c.seed, scale=(c.min_scale, 1.), pixels=not on_device)
-    batches = Batches(len(images), c.batch, c.epochs, c.seed, self.run.step,
+    c, pin = self.config, self.device == 'cuda'
+    batches = Batches(len(self.images), c.batch, c.epochs, c.seed, self.run.step,
                       c.accumulate, rank(), world())
+    collate = collate_files if c.decode == 'device' else default_collate
     part = c.batch//(c.accumulate*world())
-    how = loading(0 if on_device else c.workers, part*2*3*c.size**2, in_memory)
-    return DataLoader(views, batch_sampler=batches, pin_memory=self.device == 'cuda', **how)
+    how = loading(0 if c.cache == 'device' else c.workers, part*2*3*c.size**2, self.fits())
+    return DataLoader(drawn(self), batch_sampler=batches, collate_fn=collate, pin_memory=pin, **how)
+
+# %% ../nbs/12_training.ipynb #12-45
+@patch
+def cut(self:Pretraining, part): # dict of tensors from the loader
+    "The part with its views, if it came with files; by the CPU if one of them is damaged."
+    if 'file' not in part: return part
+    c, epoch = self.config, self.run.step//self.steps_per_epoch
+    if not hasattr(self, 'decode'): self.decode = device_decoder(self.device)
+    try: return part | dict(view=cut_files(part, c.size, self.decode, self.device))
+    except torch.OutOfMemoryError: raise
+    except (RuntimeError, ValueError): pass
+    views = TwoViews(self.images, c.size, c.seed, scale=(c.min_scale, 1.))
+    return default_collate([views[epoch, i] for i in part['asked'].tolist()])
 
 @patch
 def steps(self:Pretraining):
     "The parts of each step that is still to be made, as tuples."
     if self.run.step == self.run.total: return
-    parts = iter(self.loader())
+    parts = map(self.cut, self.loader())
     while step := tuple(itertools.islice(parts, self.config.accumulate)): yield step
 
-# %% ../nbs/12_training.ipynb #12-44
+# %% ../nbs/12_training.ipynb #12-46
 @patch
 def try_step(self:Pretraining, parts):
     "As `train_step`; where a GPU's memory ends, MemoryError says what would fit."
@@ -410,7 +440,7 @@ def fit(self:Pretraining, until=math.inf): # seconds since 1970 at which one pro
     self.finish()
     return self.run.log()
 
-# %% ../nbs/12_training.ipynb #12-46
+# %% ../nbs/12_training.ipynb #12-48
 @patch
 def log_line(self:Pretraining, out): # what the last step returned
     "What is known after a step, a flat dict."
@@ -434,7 +464,7 @@ def finish(self:Pretraining):
     about |= dict(step=str(self.run.step), encoder='online', config=json.dumps(asdict(self.config)))
     save_file(weights, self.run.out/'backbone.safetensors', about)
 
-# %% ../nbs/12_training.ipynb #12-48
+# %% ../nbs/12_training.ipynb #12-50
 @patch
 def unread_file(self:Pretraining):
     "Where this process lists the images that it could not read."
@@ -457,7 +487,7 @@ def note_unread(self:Pretraining, parts):
         append_line(self.unread_file(), line)
     if world() == 1: self.refuse_unread()                          # several do at the next line of the log
 
-# %% ../nbs/12_training.ipynb #12-50
+# %% ../nbs/12_training.ipynb #12-52
 @patch
 def refuse_unread(self:Pretraining):
     "Stops the run when the images not read, by all processes together, are more than 1 % of all."
@@ -469,7 +499,7 @@ def refuse_unread(self:Pretraining):
                      f'{names}\n'
                      f'Mend them or take them out. The checkpoint in {self.run.out} is intact')
 
-# %% ../nbs/12_training.ipynb #12-53
+# %% ../nbs/12_training.ipynb #12-55
 def seconds_per_step(config, images, processes=1, # PretrainConfig, images, that will share each batch
                      most=60, steps=40): # stop timing after so many seconds, after so many steps
     "Mean time of a step, of a run that is thrown away; the same on all processes."
@@ -494,7 +524,7 @@ def epochs_in_hours(config, images, processes=1): # as for `seconds_per_step`
     if epochs: return epochs
     raise ValueError(f'one epoch takes {step*steps/3600:.2g} hours here, hours is {config.hours:g}')
 
-# %% ../nbs/12_training.ipynb #12-60
+# %% ../nbs/12_training.ipynb #12-62
 def pretrain(**given): # parameters by name
     "Trains a run to its end, alone or as one of several processes; returns the log."
     training = Pretraining(*configure(**given))
@@ -504,6 +534,6 @@ def pretrain(**given): # parameters by name
               f'on {world()} x {training.device}; run folder {run.out}', flush=True)
     return training.fit()
 
-# %% ../nbs/12_training.ipynb #12-71
+# %% ../nbs/12_training.ipynb #12-73
 if __name__ == '__main__' and '__file__' in globals():
     main('pixcon.training', PretrainConfig, pretrain)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 import fake_cuda
-from pixcon import config, distributed, matching, model, run, segment, training
+from pixcon import augment, config, distributed, matching, model, run, segment, training
 
 PAPER = dict(data='scenes', recipe='paper', scenes=4096, backbone='resnet18', batch=64, hidden=64,
              epochs=10, compile='off')
@@ -174,7 +174,18 @@ def plant(made, bug):
             for n, v in values.items(): values[n] = v.contiguous()
 
 
-KINDS = dict(step=step, log=log, resume=resume, segment=segmentation, norms=norms)
+def files(mode, words):
+    "A batch of files that the device has decoded is cut there, without a wait."
+    def decode(files): return [torch.zeros(3, 96, 96 + len(f), dtype=torch.uint8, device='cuda') for f in files]
+    part = part_of(config.PretrainConfig(batch=8)) | dict(file=[torch.ones(n, dtype=torch.uint8) for n in range(1, 9)])
+    for _ in range(2):
+        mode.seen.clear()
+        view = augment.cut_files(part, 32, decode, 'cuda')
+        quiet(mode)
+    assert view.device.type == 'cuda' and view.shape == (8, 2, 3, 32, 32)
+
+
+KINDS = dict(files=files, step=step, log=log, resume=resume, segment=segmentation, norms=norms)
 
 
 def said_by(case):

@@ -14,7 +14,7 @@ STEPS = ['', 'amp=fp16', 'amp=off', 'accumulate=2', 'optimizer=adamw', 'matching
          'dense_start=0.5', 'reweight=off overlap_rule=floor', 'deterministic=on',
          'cache=device scenes=128 queue=128', 'cache=device scenes=128 queue=128 cache_size=64',
          'backbone=shufflenet_v2_x1_0 stride=8 size=64', 'backbone=convnext_tiny amp=off']
-OTHERS = ['norms', 'log', 'resume', 'resume amp=off', 'segment', 'segment amp=off', 'segment head=deeplabv3 rate=2']
+OTHERS = ['norms', 'files', 'log', 'resume', 'resume amp=off', 'segment', 'segment amp=off', 'segment head=deeplabv3 rate=2']
 
 absent = fake_cuda.missing()
 pytestmark = pytest.mark.skipif(bool(absent), reason=f"this torch, {torch.__version__}, has no "

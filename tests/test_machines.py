@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import resize
-from pixcon import augment, config, distributed, plan, run, training
+from pixcon import augment, config, data, distributed, plan, run, training
 
 PAIR = 2*3*224*224                                                 # bytes of two views
 TINY = dict(data='scenes', scenes=8, batch=4, epochs=2, size=32, hidden=16, dim=8, queue=8, amp='off', workers=0)
@@ -272,3 +272,75 @@ def test_a_run_that_keeps_its_images_on_the_device(tmp_path, workers):
     device.fit()
     made(**given | dict(epochs=6), cache='off', out=str(tmp_path/'device')).fit()
     assert [line['step'] for line in run.read_log(tmp_path/'device')] == [2, 4, 6, 8, 10, 12]
+
+
+def jpegs(folder, n=12):
+    "Photos as JPEG; one turned by EXIF, one grey, one PNG, one cut off behind its header."
+    photos(folder, n)
+    for i, png in enumerate(sorted(folder.glob('*.png'))):
+        if i == 3: continue
+        image, exif = Image.open(png), Image.Exif()
+        if i == 4: exif[0x0112] = 6
+        if i == 5: image = image.convert('L')
+        image.save(png.with_suffix('.jpg'), exif=exif)
+        png.unlink()
+    damaged = folder/'07.jpg'
+    damaged.write_bytes(damaged.read_bytes()[:-200])
+    return folder
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_files_decoded_on_the_device(tmp_path, workers):
+    "The network gets what it would get otherwise, but for grey levels; where a file is damaged, exactly that."
+    given = dict(data=str(jpegs(tmp_path/'data')), recipe='small', batch=6, epochs=4, workers=workers, cache='off')
+    usual, ours = (made(**given, decode=decode, out=str(tmp_path/decode)) for decode in ('cpu', 'device'))
+    assert {file.ndim for file in (data.encoded(p) for p in ours.images.paths)} == {1, 3}
+    replaced = 0
+    for (a,), (b,) in zip(usual.steps(), ours.steps()):
+        assert all(torch.equal(b[n], a[n]) for n in ('box', 'flip', 'draw', 'index', 'asked'))
+        damaged = 7 in a['asked'].tolist()
+        assert a['index'].equal(a['asked']) != damaged
+        assert (a['view'].int() - b['view'].int()).abs().max() <= (0 if damaged else 1)
+        replaced += damaged
+        for one in (usual, ours): one.run.step += 1
+    assert replaced == 4 and ours.run.step == 8
+
+
+def test_a_file_that_changed_since_the_scan(tmp_path):
+    "Boxes that were drawn in a larger image are not cut out of the smaller one."
+    given = dict(data=str(jpegs(tmp_path/'data')), recipe='small', batch=6, decode='device', out=str(tmp_path/'run'))
+    images = made(**given).images
+    views = augment.FileViews(images, size=16)
+    batch = augment.collate_files([views[0, i] for i in (0, 1)])
+    image = Image.open(images.paths[0])
+    image.resize((image.width//4, image.height//4)).save(images.paths[0])
+    batch['file'][0] = data.encoded(images.paths[0])
+    with pytest.raises(ValueError, match='smaller than its file says'):
+        augment.cut_files(batch, 16, data.device_decoder('cpu'), 'cpu')
+
+
+def test_no_decoder_for_the_device():
+    "The message names each decoder's reason and the way out."
+    with pytest.raises(ValueError, match="no decoder for JPEG files works on meta .*torchvision: .*set decode to 'cpu'"):
+        data.device_decoder('meta')
+
+
+@pytest.mark.parametrize('given, kept', [(dict(cache='device'), True), (dict(decode='device', cache='off'), False)])
+def test_the_plan_counts_what_the_device_cuts(tmp_path, given, kept):
+    "Views made on the device are a part of the step, and nothing is read where images are kept."
+    own = made(data=str(photos(tmp_path/'data')), recipe='small', batch=6, **given, out=str(tmp_path/'run'))
+    cost = plan.run_cost(own)
+    assert cost['cut'] > 0 and (cost['read'] == 0) == kept
+    parts = ('network', 'loss', 'augment', 'update', 'cut', 'read')
+    assert cost['step'] == pytest.approx(sum(cost[n] for n in parts))
+
+
+def test_the_plan_says_whether_images_fit(tmp_path):
+    "In bytes, with each process's copy on a CPU."
+    own = made(data=str(photos(tmp_path/'data')), recipe='small', batch=6, out=str(tmp_path/'run'))
+    size = 3*int(own.images.sizes.prod(1).sum())
+    for free, processes, fits in ((size, 1, True), (size - 1, 1, False), (size, 2, False), (2*size, 2, True)):
+        assert ('does not fit' in plan.room_for_images(own, 0, processes, free)) != fits
+    assert 'does not fit' in plan.room_for_images(own, 1, 1, size)
+    own.config.cache = 'device'
+    assert plan.room_for_images(own, 0, 1, size - 1).startswith('NOT ENOUGH MEMORY for cache device')
