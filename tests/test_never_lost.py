@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pixcon.distributed import SharedBatchNorm, launch, share_norms
+from pixcon.distributed import SharedBatchNorm, join, launch, share_norms
 from pixcon.run import read_log
 from pixcon.scenes import Scenes
 from pixcon.training import Pretraining, configure
@@ -237,17 +237,17 @@ leave()
 
 
 @pytest.mark.parametrize('statistics,amp,bound,dense_start', [
-    ('fixed', 'off', 1e-6, 0), ('fixed', 'off', 1e-6, .15), ('fixed', 'bf16', 2e-2, 0), ('of the batch', 'off', 1e-5, 0)])
+    ('fixed', 'off', 1e-6, .15), ('fixed', 'bf16', 2e-2, 0), ('of the batch', 'off', 1e-5, 0)])
 def test_two_processes_are_one(tmp_path, statistics, amp, bound, dense_start):
     """Queues and weights are the same bits on both, losses are those of one process with the whole batch.
 
     A dense loss that begins at the third of the four steps changes nothing of that. With batch statistics
-    the optimizer is SGD, since AdamW makes whole steps of gradients that are nothing but noise, and matching
-    is by place, since noise may turn which of two cells is the most similar one.
+    the optimizer is SGD with small steps: AdamW makes whole ones of gradients that are nothing but noise,
+    and large ones let noise of 1e-7 grow to 1e-2 in four steps.
 
     Bounds: float32 sums in another order, in bf16 products rounded in other groups, of 1/256 each."""
     (tmp_path/'pair.py').write_text(PAIR)
-    calm = {} if statistics == 'fixed' else dict(optimizer='sgd', lr=.01, matching='coord')
+    calm = {} if statistics == 'fixed' else dict(optimizer='sgd', lr=.001)
     given = json.dumps({**TINY, 'batch': 8, 'queue_start': 'random', 'amp': amp, 'out': str(tmp_path/'run'),
                         'dense_start': dense_start, **calm})
     for n in (1, 2):
@@ -376,12 +376,11 @@ def test_a_killed_process_is_begun_again(tmp_path):
     same(tmp_path/'whole', tmp_path/'run')
 
 
-def test_old_addresses_are_refused(tmp_path):
+def test_old_addresses_are_refused(monkeypatch):
     "Without the setting that gives a new group new addresses it might wait for ended processes."
-    run = start(*RESTARTED, *flags(out=tmp_path/'run'))
-    said = run.communicate(timeout=200)[0]
-    assert run.returncode and '--max-restarts 2 needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1' in said, said
-    assert not (tmp_path/'run').exists()
+    for name, value in dict(LOCAL_RANK=0, LOCAL_WORLD_SIZE=2, TORCHELASTIC_MAX_RESTARTS=2, TORCHELASTIC_USE_AGENT_STORE=True).items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ValueError, match='--max-restarts 2 needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1'): join()
 
 
 def test_a_process_that_dies_stops_the_others(tmp_path):
