@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pixcon import augment, distributed, loss, run, training
+from torchvision.transforms.v2.functional import to_pil_image
+from pixcon import augment, data, distributed, loss, run, training
 from pixcon.scenes import Scenes
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU, and pytest -m cuda')]
@@ -51,6 +52,16 @@ def test_first_steps_are_those_of_a_cpu(tmp_path, monkeypatch, variant):
         outs = [own.train_step(parts) for _, parts in zip(range(3), own.steps())]
         losses.append([(o['loss_image'] + o['loss_dense']).item() for o in outs])
     np.testing.assert_allclose(*losses, rtol=1e-3)
+
+
+def test_files_decoded_on_the_gpu(tmp_path):
+    "Smooth photos as the CPU decodes them, to a few grey levels; boxes, draws and images are the same."
+    for n, photo in data.sample_photos().items(): to_pil_image(photo).save(tmp_path/f'{n}.jpg', quality=95)
+    given = dict(data=str(tmp_path), recipe='small', batch=4, queue=4, cache='off')
+    usual, ours = (made(tmp_path/decode, **given | dict(decode=decode)) for decode in ('cpu', 'device'))
+    for (a,), (b,) in zip(usual.steps(), ours.steps()):
+        assert b['view'].device.type == 'cuda' and all(torch.equal(b[n], a[n]) for n in ('box', 'flip', 'draw', 'index'))
+        assert (b['view'].cpu().int() - a['view'].int()).abs().float().mean() < 2
 
 
 @pytest.mark.parametrize('amp', ['off', 'bf16', 'fp16'])
