@@ -7,9 +7,9 @@ __all__ = ['voc_classes', 'encode_mask', 'write_coco', 'coco_index', 'Objects', 
            'open_objects']
 
 # %% ../nbs/18_objects.ipynb #18-02
-import copy, io, json
+import copy, io, json, math
 from contextlib import redirect_stdout
-from pathlib import Path
+from pathlib import Path, PurePath
 from xml.etree import ElementTree
 import numpy as np
 import torch
@@ -81,10 +81,15 @@ _needed = dict(
 
 def _check_part(part, items):
     "Refuses entries of images, categories or annotations that lack something."
+    if not isinstance(items, list):
+        raise ValueError(f"{part} must be a list, got {str(items)[:100]}")
     for item in items:
-        absent = [n for n in _needed[part] if n not in item]
+        absent = [n for n in _needed[part] if not isinstance(item, dict) or n not in item]
         if absent:
             raise ValueError(f"one of the {part} has no {absent[0]!r}: {str(item)[:100]}")
+        for n in ('id', 'image_id', 'category_id'):
+            if not isinstance(item.get(n, 0), (int, str)):
+                raise ValueError(f"one of the {part} has {n} {item[n]!r}, it must be a number")
 
 def _check_content(content):
     "Refuses a dict that is not of COCO's form."
@@ -101,25 +106,111 @@ def _check_content(content):
                 raise ValueError(f"an annotation has {name} {a[name]}, which is not among the {part}")
 
 # %% ../nbs/18_objects.ipynb #18-20
+def _run_lengths(text): # compressed counts of an RLE
+    "The run lengths that COCO's text stands for; ValueError if it is none."
+    counts, value, shift = [], 0, 0
+    for code in text.encode():
+        code -= 48
+        if not 0 <= code < 64 or shift > 30:
+            raise ValueError('is no text of run lengths')
+        value |= (code & 31) << shift
+        shift += 5
+        if code & 32:                                              # the number goes on
+            continue
+        if code & 16:                                              # it is negative
+            value -= 1 << shift
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        value = shift = 0
+    if shift:
+        raise ValueError('ends within a number')
+    return counts
+
+# %% ../nbs/18_objects.ipynb #18-21
+def _finite(values):
+    "Whether values are a list of finite numbers."
+    return isinstance(values, list) and all(
+        isinstance(v, (int, float)) and abs(v) < math.inf for v in values)
+
+def _check_rle(code, info): # an annotation's mask as a dict, its image
+    "Raises ValueError unless run lengths fill the image."
+    size = [info['height'], info['width']]
+    if code.get('size') != size:
+        raise ValueError(f"has size {code.get('size')}, its image {size}")
+    counts = code.get('counts')
+    if isinstance(counts, str):
+        counts = _run_lengths(counts)
+    if not _finite(counts) or any(c < 0 or c != int(c) for c in counts):
+        raise ValueError('must have whole run lengths')
+    if sum(counts) != size[0]*size[1]:
+        raise ValueError(f"fills {sum(counts)} pixels, its image has {size[0]*size[1]}")
+
+def _in_image(polygons, info):
+    "Polygons with their corners moved into the image; ValueError for what is none."
+    limit = info['width'], info['height']
+    for p in polygons:
+        if not _finite(p) or len(p) < 6 or len(p) % 2:
+            raise ValueError('must be polygons of finite numbers, each of three corners or more')
+    return [[min(max(v, 0), limit[k % 2]) for k, v in enumerate(p)] for p in polygons]
+
+# %% ../nbs/18_objects.ipynb #18-22
+def _check_image(info):
+    "Raises ValueError for an entry of an image that can't be."
+    size = info['height'], info['width']
+    if not all(isinstance(v, int) and 0 < v < 2**15 for v in size):
+        raise ValueError(f"image {info['id']} has height and width {size}, in pixels from 1 to {2**15 - 1}")
+    path = PurePath(str(info['file_name']))
+    if path.is_absolute() or '..' in path.parts:
+        raise ValueError(f"image {info['id']} lies outside of the image folder: {str(path)!r}")
+
+def _checked(a, info): # an annotation, its image
+    "The annotation with its mask inside the image; ValueError with its numbers if it is none."
+    part = 'bbox'
+    try:
+        if not _finite(a['bbox']) or len(a['bbox']) != 4:
+            raise ValueError(f"must be four finite numbers, got {str(a['bbox'])[:60]}")
+        part = 'iscrowd and area'
+        if not _finite([a.get('iscrowd', 0), a.get('area', 0)]):
+            raise ValueError('must be numbers')
+        part, mask = 'segmentation', a.get('segmentation')
+        if isinstance(mask, dict):
+            _check_rle(mask, info)
+        elif isinstance(mask, list):
+            return a | dict(segmentation=_in_image(mask, info))
+        elif mask is not None:
+            raise ValueError(f'must be polygons or run lengths, got {str(mask)[:60]}')
+        return a
+    except ValueError as e:
+        name = f"annotation {a.get('id', 'without id')} of image {a['image_id']}"
+        raise ValueError(f"{name}: its {part} {e}") from None
+
+# %% ../nbs/18_objects.ipynb #18-24
+def _content(source): # file or dict
+    "Annotations as a dict; ValueError with the file's name if it is no JSON."
+    if isinstance(source, dict):
+        return source
+    try:
+        return json.loads(Path(source).read_text())
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{str(source)!r} is no JSON file: {e}") from e
+
 def coco_index(source): # file or dict
-    "pycocotools' index of annotations in COCO's form, numbered from 1."
-    if not isinstance(source, dict):
-        try:
-            source = json.loads(Path(source).read_text())
-        except ValueError as e:
-            raise ValueError(f"{str(source)!r} is no JSON file: {e}") from e
-    _check_content(source)
-    numbered = []
-    for i, a in enumerate(source['annotations']):
+    "pycocotools' index of annotations in COCO's form, numbered from 1; ValueError for what is not."
+    content, numbered = _content(source), []
+    _check_content(content)
+    for info in content['images']:
+        _check_image(info)
+    images = {info['id']: info for info in content['images']}
+    for i, a in enumerate(content['annotations']):
+        a = _checked(a, images[a['image_id']])
         absent = dict(iscrowd=0, area=a['bbox'][2]*a['bbox'][3])   # where the file doesn't say
         numbered.append(absent | a | dict(id=i+1))
     coco = COCO()
-    coco.dataset = source | dict(annotations=numbered)
+    coco.dataset = content | dict(annotations=numbered)
     with redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
 
-# %% ../nbs/18_objects.ipynb #18-23
+# %% ../nbs/18_objects.ipynb #18-27
 def _corners(a, info):
     "Left, top, right, bottom of an annotation's box, inside the image."
     x, y, w, h = a['bbox']
@@ -151,7 +242,7 @@ class Objects:
                 f"{len(bare)} objects have no mask, the first in image {bare[0]['image_id']}: "
                 "read boxes only (masks off)")
 
-# %% ../nbs/18_objects.ipynb #18-24
+# %% ../nbs/18_objects.ipynb #18-28
 @patch
 def objects(self:Objects, image_id):
     "Annotations to learn from: no crowd, some area."
@@ -162,7 +253,7 @@ def objects(self:Objects, image_id):
             found.append(a)
     return found
 
-# %% ../nbs/18_objects.ipynb #18-25
+# %% ../nbs/18_objects.ipynb #18-29
 @patch
 def image(self:Objects, i): # (3,H,W)
     "Image i, of the size that its annotation says."
@@ -175,7 +266,7 @@ def image(self:Objects, i): # (3,H,W)
             f"its annotation says {size[0]} x {size[1]}")
     return x
 
-# %% ../nbs/18_objects.ipynb #18-26
+# %% ../nbs/18_objects.ipynb #18-30
 @patch
 def __getitem__(self:Objects, i): # image (3,H,W), and boxes (n,4), labels (n,), masks (n,H,W)
     image, info, found = self.image(i), self.coco.imgs[self.ids[i]], self.objects(self.ids[i])
@@ -191,7 +282,7 @@ def __getitem__(self:Objects, i): # image (3,H,W), and boxes (n,4), labels (n,),
         target['masks'] = tv_tensors.Mask(masks.reshape(-1, *size))  # (n,H,W)
     return tv_tensors.Image(image), target
 
-# %% ../nbs/18_objects.ipynb #18-29
+# %% ../nbs/18_objects.ipynb #18-33
 @patch
 def take(self:Objects,
          n, # how many, 0 for all
@@ -202,7 +293,7 @@ def take(self:Objects,
     some.ids = [self.ids[i] for i in sorted(chosen)]
     return some
 
-# %% ../nbs/18_objects.ipynb #18-32
+# %% ../nbs/18_objects.ipynb #18-36
 def _name_box(ax, left, top, text, colour, inside):
     "Writes a name at the upper left corner of a box, inside it or above it."
     ax.text(max(left, 0), top, text, va='top' if inside else 'bottom',
@@ -236,7 +327,7 @@ def show_objects(image, # uint8 (3,H,W)
             _name_box(ax, left, top, text, shades[i], inside=top < .08*image.shape[1])
     return ax
 
-# %% ../nbs/18_objects.ipynb #18-36
+# %% ../nbs/18_objects.ipynb #18-40
 voc_classes = (
     'aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow',
     'diningtable', 'dog', 'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa',
@@ -264,7 +355,7 @@ def _voc_objects(path, image_id):
             difficult=int(o.findtext('difficult') or 0)))
     return size, found
 
-# %% ../nbs/18_objects.ipynb #18-37
+# %% ../nbs/18_objects.ipynb #18-41
 def read_voc(root, # VOCdevkit, the folder with VOC2007 and VOC2012
              parts): # pairs of year and list, such as ('2007', 'trainval')
     "Boxes of VOC in COCO's form; file names count from root."
@@ -279,7 +370,7 @@ def read_voc(root, # VOCdevkit, the folder with VOC2007 and VOC2012
     categories = [dict(id=i+1, name=n) for i, n in enumerate(voc_classes)]
     return dict(images=images, annotations=found, categories=categories)
 
-# %% ../nbs/18_objects.ipynb #18-42
+# %% ../nbs/18_objects.ipynb #18-46
 def _coco_part(root, word, masks):
     "The part of a COCO folder whose name begins with a word."
     found = {}
@@ -297,7 +388,7 @@ def _coco_part(root, word, masks):
         raise FileNotFoundError(f"{str(root)!r} has no folder {name!r} with the images")
     return Objects(images, found[name], masks, empty=word != 'train')
 
-# %% ../nbs/18_objects.ipynb #18-43
+# %% ../nbs/18_objects.ipynb #18-47
 def which_objects(data): # folder
     "The data set's folder and its kind, 'coco' or 'voc'."
     root = Path(data).expanduser()
@@ -310,7 +401,7 @@ def which_objects(data): # folder
         f"{str(root)!r} is neither a COCO folder (it has no annotations/) "
         "nor a VOCdevkit (it has no VOC2007/)")
 
-# %% ../nbs/18_objects.ipynb #18-44
+# %% ../nbs/18_objects.ipynb #18-48
 def open_objects(data, # a COCO folder, as below, or VOCdevkit
                  masks=True): # read masks, too (VOC is read without)
     "Images to learn from and images to score: (Objects, Objects)."

@@ -1,14 +1,17 @@
 """Objects read from COCO and VOC, and written as COCO: what comes back is what was there, and what is unfit is refused."""
 import json
+import math
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from made_coco import coco_content, save_images, scenes, thing  # scenes is a fixture
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as rle
 from torchvision.ops import masks_to_boxes
-from pixcon.objects import (Objects, coco_index, encode_mask, open_objects, read_voc, show_objects,
+from pixcon.objects import (Objects, _run_lengths, coco_index, encode_mask, open_objects, read_voc, show_objects,
                             voc_classes, which_objects, write_coco)
 from pixcon.scenes import Scenes, scene_classes
 
@@ -137,6 +140,62 @@ def test_unfit_annotations_are_refused(tmp_path, change, message):
     change(content)
     with pytest.raises(ValueError, match=message):
         Objects(tmp_path, content)
+
+
+@pytest.mark.parametrize('change,message', [
+    (dict(bbox=[1, 1, math.nan, 2]), 'its bbox must be four finite numbers'),
+    (dict(bbox='1 1 2 2'), 'its bbox must be four finite numbers'),
+    (dict(bbox=[1, 1, 2]), 'its bbox must be four finite numbers'),
+    (dict(area='large'), 'its iscrowd and area must be numbers'),
+    (dict(segmentation=[[1, 1, math.inf, 2, 3, 3]]), 'its segmentation must be polygons of finite numbers'),
+    (dict(segmentation=[[1, 2, 3, 4]]), 'each of three corners or more'),
+    (dict(segmentation=[[[1, 2, 3, 4, 5, 6]]]), 'its segmentation must be polygons'),
+    (dict(segmentation=7), 'must be polygons or run lengths, got 7'),
+    (dict(segmentation=dict(size=[10**6, 10**6], counts='0')), r'has size \[1000000, 1000000\], its image \[30, 40\]'),
+    (dict(segmentation=dict(size=[30, 40], counts='5')), 'fills 5 pixels, its image has 1200'),
+    (dict(segmentation=dict(size=[30, 40], counts=[-1, 1201])), 'must have whole run lengths'),
+    (dict(segmentation=dict(size=[30, 40], counts='~')), 'is no text of run lengths'),
+    (dict(segmentation=dict(size=[30, 40], counts='h')), 'ends within a number'),
+    (dict(segmentation=dict(size=[30, 40])), 'must have whole run lengths')])
+def test_numbers_that_pycocotools_would_trust(tmp_path, change, message):
+    "The sentence names the annotation and its image."
+    content = coco_content([(30, 40)], [thing(0, (1, 1, 9, 9)) | dict(id=5) | change])
+    with pytest.raises(ValueError, match=f'annotation 5 of image 0: .*{message}'): Objects(tmp_path, content)
+
+
+def test_polygons_stay_in_the_image(tmp_path):
+    "A corner far away is moved to the border, one inside stays."
+    far = thing(0, (1, 1, 9, 9)) | dict(segmentation=[[3.5, 2, 1e9, 2, 1e9, 1e9, -1e9, 25]])
+    data = Objects(tmp_path, coco_content([(30, 40)], [far]))
+    assert data.coco.anns[1]['segmentation'] == [[3.5, 2, 40, 2, 40, 30, 0, 25]]
+    assert data.coco.annToMask(data.coco.anns[1]).shape == (30, 40)
+
+
+@pytest.mark.parametrize('change,message', [
+    (dict(height=0), r'has height and width \(0, 40\)'), (dict(width=10**9), 'in pixels from 1 to 32767'),
+    (dict(height='30'), 'has height and width'), (dict(id=[1]), r'one of the images has id \[1\], it must be a number'),
+    (dict(file_name='../0.png'), 'image 0 lies outside of the image folder'),
+    (dict(file_name='/etc/passwd'), 'image 0 lies outside of the image folder')])
+def test_images_that_can_not_be(tmp_path, change, message):
+    content = coco_content([(30, 40)], [thing(0, (1, 1, 9, 9))])
+    content['images'][0].update(change)
+    with pytest.raises(ValueError, match=message): Objects(tmp_path, content)
+
+
+def test_endless_nesting_is_no_json(tmp_path):
+    (tmp_path/'a.json').write_text('['*10**6)
+    with pytest.raises(ValueError, match='is no JSON file'): Objects(tmp_path, tmp_path/'a.json')
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 10**6), st.sampled_from([0., .01, .5, 1.]))
+@settings(max_examples=200, deadline=None)
+def test_run_lengths_are_read_as_written(h, w, seed, filled):
+    "Of masks of any size, also with runs longer than one character holds."
+    mask = np.random.default_rng(seed).random((h, w)) < filled
+    flat = mask.T.flatten()
+    ends = [0, *(np.flatnonzero(flat[1:] != flat[:-1]) + 1).tolist(), len(flat)]
+    runs = ([0] if flat[0] else []) + np.diff(ends).tolist()
+    assert _run_lengths(encode_mask(mask)['counts']) == runs
 
 
 def test_sizes_that_disagree_are_refused(tmp_path):
