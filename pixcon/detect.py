@@ -24,7 +24,7 @@ import torch.nn as nn
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
@@ -45,7 +45,7 @@ from .encoder import make_backbone
 from .model import mean_over_processes
 from .objects import encode_mask, open_objects, which_objects, write_coco
 from .run import (Run, autocast, fingerprint, loader_workers, loading, make_optimizer,
-                        precision, read_run, step_if_finite, trained_backbone)
+                        precision, read_run, step_if_finite, trained_backbone, write_tensors)
 from .scenes import Scenes
 
 # %% ../nbs/19_detect.ipynb #19-09
@@ -626,7 +626,7 @@ def write_result(path, config, model, score, seconds): # path: of the result
     "Writes a result, and beside the run's checkpoint the weights that were scored."
     path.write_text(json.dumps(as_result(config, score, seconds), indent=1))
     state = {n: t.cpu().contiguous() for n, t in model.state_dict().items()}
-    save_file(state, Path(config.out)/'detector.safetensors')
+    write_tensors(Path(config.out)/'detector.safetensors', state)
 
 # %% ../nbs/19_detect.ipynb #19-76
 def _run_one(path, config, train, test):

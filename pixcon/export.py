@@ -17,7 +17,6 @@ import torch
 import torchvision
 from fastcore.script import call_parse
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torchvision.models.feature_extraction import create_feature_extractor
 from . import __version__
 from .augment import imagenet_mean, imagenet_std
@@ -25,7 +24,7 @@ from .scenes import Scenes
 from .encoder import feature_shape, make_backbone
 from .plot import show_curves
 from .config import RECIPES, PretrainConfig, variant
-from .run import load_pth, read_file, read_log, read_run
+from .run import load_pth, read_file, read_log, read_run, write_tensors
 
 # %% ../nbs/20_export.ipynb #20-16
 def _public(config): # parameters of a run
@@ -267,7 +266,7 @@ def _write_detectron2(path, state, about):
 def write_weights(path, state, layout, about): # state by the library's own names, about: dict of str
     "Writes tensors in a layout."
     if layout == 'safetensors':
-        save_file(state, path, about)
+        write_tensors(path, state, about)
     elif layout == 'detectron2':
         _write_detectron2(path, state, about)
     elif layout == 'mm':

@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
-from safetensors.torch import save_file
 from torch.utils.data import DataLoader, default_collate
 from .augment import (FileViews, Photometric, Resident, TwoViews, collate_files,
                             cut_files)
@@ -35,7 +34,8 @@ from .encoder import feature_shape, library_weights
 from .loss import default_queue, uninformed_loss
 from .model import PixCon, mean_over_processes
 from .run import (Run, append_line, autocast, fingerprint, keep_memory, loader_workers,
-                        loading, make_optimizer, precision, read_lines, step_if_finite)
+                        loading, make_optimizer, precision, read_lines, step_if_finite,
+                        write_tensors)
 from .scenes import Scenes, open_images
 
 # %% ../nbs/12_training.ipynb #12-05
@@ -462,7 +462,7 @@ def finish(self:Pretraining):
     weights = {n: t.contiguous().cpu() for n, t in weights.items()}
     about = {n: str(v) for n, v in asdict(self.config).items()}
     about |= dict(step=str(self.run.step), encoder='online', config=json.dumps(asdict(self.config)))
-    save_file(weights, self.run.out/'backbone.safetensors', about)
+    write_tensors(self.run.out/'backbone.safetensors', weights, about)
 
 # %% ../nbs/12_training.ipynb #12-50
 @patch

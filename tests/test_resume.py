@@ -1,5 +1,6 @@
 """A run that was cut off and started again is the run that was not."""
 import json
+import os
 import pytest
 import torch
 import torchvision
@@ -216,6 +217,29 @@ def test_ten_bad_steps_in_a_row_stop(tmp_path):
     noted = read_lines(tmp_path/'skipped.jsonl')
     assert [line['step'] for line in noted] == list(range(1, 11))
     assert all(len(line['images']) == 4 for line in noted)
+
+
+def test_an_end_of_bad_steps_is_an_error(tmp_path):
+    "A run too short for ten of them writes no weights when its last three were such; with two it ends well."
+    for last, well in ((3, False), (2, True)):
+        training = make(tmp_path/str(last), epochs=1)
+        usual = training.photometric
+        def photometric(view, draw):
+            bad = training.run.step >= training.run.total - last
+            return torch.full(view.shape, torch.nan) if bad else usual(view, draw)
+        training.photometric = photometric
+        if well: training.fit()
+        else:
+            with pytest.raises(FloatingPointError, match='3 steps in a row, up to step 5, were not finite'): training.fit()
+        assert (tmp_path/str(last)/'backbone.safetensors').exists() == well
+
+
+def test_weights_can_be_read_by_others(tmp_path):
+    "With the same permissions as the rest of the run's folder."
+    old = os.umask(0o022)
+    try: run_whole(tmp_path, epochs=1)
+    finally: os.umask(old)
+    assert {oct(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()} == {'0o644'}
 
 
 def test_folder_holds_what_the_run_was(tmp_path):
