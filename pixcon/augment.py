@@ -373,15 +373,17 @@ class FileViews:
         return item | dict(file=encoded(self.paths[item['index']]))
 
 def collate_files(items):
-    "A batch of `FileViews`, its files as a list."
+    "A batch of `FileViews`, its files one behind the other and their shapes."
     files = [item.pop('file') for item in items]
-    return default_collate(items) | dict(file=files)
+    shapes = [list(file.shape) for file in files]
+    return default_collate(items) | dict(file=torch.cat([file.flatten() for file in files]), shape=shapes)
 
 # %% ../nbs/03_augment.ipynb #03-67
 def cut_files(batch, size, # of `collate_files`, pixels per side of a view
               decode, device): # of `device_decoder`, and the same device
     "Views of a batch of files, uint8 (B,2,3,h,w) on the device; raises as `decode_files` does."
-    images = decode_files(batch['file'], decode, device)
+    files = batch['file'].split([math.prod(shape) for shape in batch['shape']])
+    images = decode_files([f.view(s) for f, s in zip(files, batch['shape'])], decode, device)
     kept = Resident(images, device)
     ends = batch['box'].view(-1, 2, 2, 2).sum(2)                   # (B,2,2) bottom and right of both boxes
     if (ends.amax(1) > kept.sizes).any(): raise ValueError('an image is smaller than its file says')

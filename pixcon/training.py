@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ema_momentum', 'learning_rate', 'configure', 'known_epochs', 'Batches', 'Pretraining', 'build_model', 'compiles',
            'enqueued_view', 'kept_by_forward', 'memory', 'free_memory', 'too_large', 'out_of_memory', 'cached', 'drawn',
-           'seconds_per_step', 'epochs_in_hours', 'pretrain']
+           'item_bytes', 'seconds_per_step', 'epochs_in_hours', 'pretrain']
 
 # %% ../nbs/12_training.ipynb #12-02
 import copy
@@ -387,6 +387,12 @@ def drawn(training): # Pretraining
     if c.cache == 'device': return TwoViews(training.kept(), **given, pixels=False)
     return TwoViews(cached(training.images) if training.fits() else training.images, **given)
 
+def item_bytes(training): # Pretraining
+    "Bytes that the loader hands over for an image, those of its two views or of its file."
+    c, paths = training.config, getattr(training.images, 'paths', [])
+    if c.decode == 'cpu': return 2*3*c.size**2
+    return np.mean([p.stat().st_size for p in paths[::max(len(paths)//32, 1)] if p.exists()])
+
 @patch
 def loader(self:Pretraining):
     "Parts of batches from the present step to the end of the run."
@@ -395,7 +401,7 @@ def loader(self:Pretraining):
                       c.accumulate, rank(), world())
     collate = collate_files if c.decode == 'device' else default_collate
     part = c.batch//(c.accumulate*world())
-    how = loading(0 if c.cache == 'device' else c.workers, part*2*3*c.size**2, self.fits())
+    how = loading(0 if c.cache == 'device' else c.workers, part*item_bytes(self), self.fits())
     return DataLoader(drawn(self), batch_sampler=batches, collate_fn=collate, pin_memory=pin, **how)
 
 # %% ../nbs/12_training.ipynb #12-45
@@ -407,7 +413,8 @@ def cut(self:Pretraining, part): # dict of tensors from the loader
     if not hasattr(self, 'decode'): self.decode = device_decoder(self.device)
     try: return part | dict(view=cut_files(part, c.size, self.decode, self.device))
     except torch.OutOfMemoryError: raise
-    except (RuntimeError, ValueError): pass
+    except (RuntimeError, ValueError) as e:
+        warnings.warn(f'a batch is decoded by the CPU, {self.device} could not: {e}')
     views = TwoViews(self.images, c.size, c.seed, scale=(c.min_scale, 1.))
     return default_collate([views[epoch, i] for i in part['asked'].tolist()])
 

@@ -177,7 +177,8 @@ def plant(made, bug):
 def files(mode, words):
     "A batch of files that the device has decoded is cut there, without a wait."
     def decode(files): return [torch.zeros(3, 96, 96 + len(f), dtype=torch.uint8, device='cuda') for f in files]
-    part = part_of(config.PretrainConfig(batch=8)) | dict(file=[torch.ones(n, dtype=torch.uint8) for n in range(1, 9)])
+    part = part_of(config.PretrainConfig(batch=8))
+    part |= dict(file=torch.ones(36, dtype=torch.uint8), shape=[[n] for n in range(1, 9)])
     for _ in range(2):
         mode.seen.clear()
         view = augment.cut_files(part, 32, decode, 'cuda')

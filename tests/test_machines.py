@@ -289,6 +289,7 @@ def jpegs(folder, n=12):
     return folder
 
 
+@pytest.mark.filterwarnings('ignore:a batch is decoded by the CPU')
 @pytest.mark.parametrize('workers', [0, 2])
 def test_files_decoded_on_the_device(tmp_path, workers):
     "The network gets what it would get otherwise, but for grey levels; where a file is damaged, exactly that."
@@ -311,12 +312,26 @@ def test_a_file_that_changed_since_the_scan(tmp_path):
     given = dict(data=str(jpegs(tmp_path/'data')), recipe='small', batch=6, decode='device', out=str(tmp_path/'run'))
     images = made(**given).images
     views = augment.FileViews(images, size=16)
-    batch = augment.collate_files([views[0, i] for i in (0, 1)])
     image = Image.open(images.paths[0])
     image.resize((image.width//4, image.height//4)).save(images.paths[0])
-    batch['file'][0] = data.encoded(images.paths[0])
+    batch = augment.collate_files([views[0, i] for i in (0, 1)])
     with pytest.raises(ValueError, match='smaller than its file says'):
         augment.cut_files(batch, 16, data.device_decoder('cpu'), 'cpu')
+
+
+def test_a_batch_that_the_device_cannot_decode_is_named(tmp_path):
+    own = made(data=str(jpegs(tmp_path/'data')), recipe='small', batch=12, epochs=1, decode='device', out=str(tmp_path/'run'))
+    with pytest.warns(UserWarning, match='a batch is decoded by the CPU, cpu could not'): next(own.steps())
+
+
+def test_batches_of_files_are_one_tensor_each(tmp_path):
+    "Few open files, however many images; and their bytes bound how many are prepared."
+    own = made(data=str(jpegs(tmp_path/'data')), recipe='small', batch=12, decode='device', out=str(tmp_path/'run'))
+    views = augment.FileViews(own.images, size=16)
+    batch = augment.collate_files([views[0, i] for i in range(7)])
+    assert sum(map(torch.is_tensor, batch.values())) == len(batch) - 1 and isinstance(batch['shape'], list)
+    sizes = [p.stat().st_size for p in own.images.paths]
+    assert training.item_bytes(own) == np.mean(sizes)
 
 
 def test_no_decoder_for_the_device():
