@@ -526,8 +526,8 @@ def probe_result(path, # JSON file of the result
 # %% ../nbs/16_probe.ipynb #16-100
 variant_names = dict(random='random weights', moco='MoCo-v2+', coord='PixCon-Coord',
                      sim='PixCon-Sim', sr='PixCon-SR')
-score_names = dict(miou='mIoU', accuracy='pixel accuracy', box_ap='box AP', mask_ap='mask AP',
-                   pck='PCK@0.1')
+score_names = dict(miou='mIoU', accuracy='pixel accuracy', box_ap='box AP', box_ap50='box AP50',
+                   mask_ap='mask AP', pck='PCK@0.1')
 _not_compared = {'seed', 'checkpoint', 'compare', 'data', 'out', 'workers', 'processes',
                  'log_steps', 'save_minutes'}
 
