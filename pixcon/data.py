@@ -238,6 +238,8 @@ class Cached:
 # %% ../nbs/01_data.ipynb #01-40
 def _is_turned(image):
     "Whether EXIF swaps height and width; looks at no more than the beginning of the file."
+    if image.format == 'TIFF':                                         # its size is told as if turned already
+        return False
     if image.format == 'PNG' and 'exif' not in image.info:             # else Pillow decodes all of it
         return False
     return image.getexif().get(0x0112, 1) in (5, 6, 7, 8)

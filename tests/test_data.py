@@ -294,6 +294,17 @@ def test_two_hundred_damaged_files(tmp_path):
     assert sum(d['asked'] != d['index'] for d in drawn) == unread
 
 
+@pytest.mark.parametrize('kind', ['jpg', 'png', 'tif', 'webp'])
+def test_scan_tells_the_size_of_what_is_read(tmp_path, kind):
+    "Whichever way EXIF turns an image."
+    for turn in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        Image.new('RGB', (30, 20)).save(tmp_path/f'{turn}.{kind}', exif=exif)
+    images = ImageList(tmp_path)
+    assert scan(images)[0].tolist() == [list(images[i].shape[1:]) for i in range(8)] == [[20, 30]]*4 + [[30, 20]]*4
+
+
 def test_scan_leaves_the_warnings_alone(tmp_path):
     "Its threads share one filter: what a process wants to hear of is the same before and after."
     folder(tmp_path/'a', 40)
