@@ -65,8 +65,11 @@ def _decode_with_pillow(file):
     "Decodes any kind of file that Pillow knows."
     file.seek(0)
     with Image.open(file) as image:
+        sixteen = image.mode.startswith('I;16') or (image.format, image.mode) == ('PPM', 'I')
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith('I;16'):                              # keep the upper 8 bits
+        if image.mode in ('I', 'F') and not sixteen:
+            raise ValueError('pixels of 32 bits, for which white is not known: save it with 8 or 16')
+        if sixteen:                                                    # keep the upper 8 bits
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         pixels = np.array(image.convert('RGB'))                        # (H,W,3)
     return torch.from_numpy(pixels).permute(2, 0, 1)                   # (3,H,W)

@@ -31,6 +31,8 @@ def _read_codes(path):
         raise ValueError(
             f"label {str(path)!r} is a colour picture ({mode}); "
             "a label holds one number per pixel, as a grey PNG or one with a palette")
+    if codes.dtype.kind == 'f' and (codes != np.round(codes)).any():   # NaN is not equal to itself
+        raise ValueError(f"label {str(path)!r} holds numbers that are not whole, or none at all (NaN)")
     return torch.from_numpy(codes.astype(np.int64))
 
 # %% ../nbs/15_labelled.ipynb #15-14
@@ -56,12 +58,13 @@ def _pairs_by_stem(images, labels):
 # %% ../nbs/15_labelled.ipynb #15-17
 def _code_table(codes, # dict from number in the files to class
                 ignore): # numbers that mean no class
-    "Class of each number, 255 for none, -1 for refused; the last entry is for all larger numbers."
-    table = torch.full((2 + max(*codes, *ignore),), -1)
+    "The lowest number, and the class of each from there on, 255 for none, -1 for refused, also for all larger ones."
+    lowest = min(0, *ignore)
+    table = torch.full((2 + max(*codes, *ignore) - lowest,), -1)
     for code, c in codes.items():
-        table[code] = c
-    table[list(ignore)] = 255
-    return table
+        table[code - lowest] = c
+    table[[code - lowest for code in ignore]] = 255
+    return lowest, table
 
 # %% ../nbs/15_labelled.ipynb #15-20
 class LabelledImages:
@@ -84,7 +87,7 @@ class LabelledImages:
             raise ValueError(f"at most 255 classes, numbered 0 to 254, got {self.classes}")
         self.names = list(names or map(str, range(self.classes)))
         codes = codes or {c: c for c in range(self.classes)}
-        self.table = _code_table(codes, self.ignore)
+        self.lowest, self.table = _code_table(codes, self.ignore)
 
     def _largest(self, path):
         "The largest number in a label file that is a class, -1 if there is none."
@@ -110,7 +113,8 @@ def __getitem__(self:LabelledImages, i):
             "image and label have different sizes (height, width): "
             f"{tuple(image.shape[1:])} in {str(image_file)!r}, "
             f"{tuple(label.shape)} in {str(label_file)!r}")
-    known = self.table[label.clamp(-1, len(self.table) - 1)]       # (H,W)
+    code = (label - self.lowest).clamp(-1, len(self.table) - 1)    # -1 and the last are refused
+    known = self.table[code]                                       # (H,W)
     wrong = label[known < 0]
     if len(wrong):
         raise ValueError(

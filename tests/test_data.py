@@ -294,6 +294,18 @@ def test_two_hundred_damaged_files(tmp_path):
     assert sum(d['asked'] != d['index'] for d in drawn) == unread
 
 
+def test_sixteen_bits_are_read_as_eight(tmp_path):
+    "Of PNG, TIFF and PGM alike; 32 bits are refused, since nobody knows what is white."
+    deep = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
+    for kind in ('png', 'tif'): Image.fromarray(deep).save(tmp_path/f'a.{kind}')
+    (tmp_path/'a.pgm').write_bytes(b'P5 32 32 65535 ' + deep.astype('>u2').tobytes())
+    for kind in ('png', 'tif', 'pgm'):
+        assert read_image(tmp_path/f'a.{kind}')[1].tolist() == (deep >> 8).tolist(), kind
+    for values in (deep.astype(np.float32)/65535, deep.astype(np.int32)):
+        Image.fromarray(values).save(tmp_path/'b.tif')
+        with pytest.raises(ValueError, match='b.tif.*pixels of 32 bits'): read_image(tmp_path/'b.tif')
+
+
 @pytest.mark.parametrize('kind', ['jpg', 'png', 'tif', 'webp'])
 def test_scan_tells_the_size_of_what_is_read(tmp_path, kind):
     "Whichever way EXIF turns an image."

@@ -213,3 +213,19 @@ def test_one_colour_for_each_class():
     assert len(np.unique(first.reshape(4, 3), axis=0)) == 4
     texts = [t.get_text() for t in axes[0].figure.legends[0].get_texts()]
     assert texts == ['x', 'y', 'z', 'no class']
+
+
+def test_negative_numbers_and_numbers_that_are_none(tmp_path):
+    "Ignored where that is said, else refused; as NaN and fractions are."
+    for sub in ('images', 'labels'): (tmp_path/sub).mkdir()
+    Image.new('RGB', (3, 1)).save(tmp_path/'images'/'a.png')
+    def labelled(numbers, dtype, **given):
+        Image.fromarray(np.array([numbers], dtype)).save(tmp_path/'labels'/'a.tif')
+        return LabelledImages(tmp_path/'images', tmp_path/'labels', classes=2, **given)[0][1].tolist()
+    assert labelled([0, -1, 1], np.int32, ignore=-1) == [[0, 255, 1]]
+    assert labelled([0, -1, 255], np.int32, ignore=(-1, -7)) == [[0, 255, 255]]
+    assert labelled([0, 1, 1], np.float32) == [[0, 1, 1]]
+    with pytest.raises(ValueError, match='holds -1, which is none of the 2 classes'): labelled([0, -1, 1], np.int32)
+    with pytest.raises(ValueError, match='holds 2, which is none'): labelled([0, 2, 1], np.int32, ignore=-1)
+    for odd in (np.nan, .5):
+        with pytest.raises(ValueError, match='holds numbers that are not whole'): labelled([0, odd, 1], np.float32)
