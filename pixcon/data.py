@@ -166,16 +166,25 @@ def decode_files(files, # of `encoded`
 # %% ../nbs/01_data.ipynb #01-16
 extensions = set('.jpg .jpeg .png .bmp .gif .tif .tiff .webp .ppm .pgm'.split())
 
-def _is_hidden(path): return any(part.startswith('.') for part in path.parts)
+def _closed(error): warnings.warn(f'{error.filename!r} is left out: {error.strerror}')
+
+def _files_below(folder):
+    "Files of a folder at any depth but hidden ones; a warning names what can't be opened."
+    found = []
+    for base, folders, names in os.walk(folder, onerror=_closed):
+        folders[:] = [name for name in folders if not name.startswith('.')]
+        found += [Path(base, name) for name in names if not name.startswith('.')]
+    return found
 
 def _expand(source):
     "Files of one folder, glob or single path, unsorted."
     path = Path(source).expanduser()
     if path.is_dir():
-        return [p for p in path.rglob('*') if not _is_hidden(p.relative_to(path))]
+        return _files_below(path)
     if path.exists():
         return [path]
-    found = [Path(p) for p in glob(str(path), recursive=True)]
+    found = sorted(glob(str(path), recursive=True), key=len, reverse=True)
+    found = {os.path.realpath(p): Path(p) for p in found}.values()     # each once, also in a loop of links
     if not found:
         raise FileNotFoundError(
             f"{str(source)!r} is no folder, no file, and no file matches it as a glob")

@@ -294,6 +294,22 @@ def test_two_hundred_damaged_files(tmp_path):
     assert sum(d['asked'] != d['index'] for d in drawn) == unread
 
 
+def test_a_loop_of_links_and_a_closed_folder(tmp_path, monkeypatch):
+    "Each file once, by its shortest name; what can't be opened is named."
+    for sub in ('a', 'a/b', 'shut', '.hidden'):
+        (tmp_path/sub).mkdir()
+        Image.new('RGB', (8, 8)).save(tmp_path/sub/'0.png')
+    (tmp_path/'a'/'b'/'again').symlink_to(tmp_path)
+    names = lambda source: [str(p.relative_to(tmp_path)) for p in ImageList(source).paths]
+    assert names(f'{tmp_path}/**/*.png') == names(tmp_path) == ['a/0.png', 'a/b/0.png', 'shut/0.png']
+    own = os.scandir
+    def scandir(path):
+        if str(path).endswith('shut'): raise PermissionError(13, 'Permission denied', str(path))
+        return own(path)
+    monkeypatch.setattr(os, 'scandir', scandir)
+    with pytest.warns(UserWarning, match="shut' is left out: Permission denied"): assert names(tmp_path) == ['a/0.png', 'a/b/0.png']
+
+
 def test_sixteen_bits_are_read_as_eight(tmp_path):
     "Of PNG, TIFF and PGM alike; 32 bits are refused, since nobody knows what is white."
     deep = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
