@@ -7,9 +7,10 @@ __all__ = ['to_detectron2', 'from_detectron2', 'library_names', 'layouts', 'matc
            'read_weights', 'export_backbone', 'write_card', 'load_backbone', 'main']
 
 # %% ../nbs/20_export.ipynb #20-02
-import json, os, pickle, re, shlex, sys
+import json, os, pickle, pickletools, re, shlex, sys
 from collections import OrderedDict
 from dataclasses import asdict
+from io import BytesIO
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
@@ -237,23 +238,40 @@ class _ArrayPickler(pickle.Pickler):
             return NotImplemented
         return np.ndarray, (x.shape, x.dtype.str, bytearray(x.tobytes()))
 
+# %% ../nbs/20_export.ipynb #20-41b
+def _check_lengths(content): # bytes of a pickle
+    "Raises ValueError for one that asks for more than it holds."
+    for op, arg, _ in pickletools.genops(content):                 # raises for what would go past the end
+        if op.name in ('PUT', 'BINPUT', 'LONG_BINPUT') and arg > len(content):
+            raise ValueError(f'it numbers its parts up to {arg} and has {len(content)} bytes')
+
 def _numbers(shape, kind, data):
     "An array of numbers; nothing else can be asked for."
     if kind[1:2] not in 'fiub':
         raise pickle.UnpicklingError(f"an array of {kind!r}, not of numbers")
+    if not isinstance(data, bytearray):
+        raise pickle.UnpicklingError('an array without its bytes')
     return np.ndarray(shape, kind, data)
 
+def _bytes(content=b''):
+    "Bytes that are in the file; a number would ask for as many zeros."
+    if not isinstance(content, bytes):
+        raise pickle.UnpicklingError('an array of bytes that are not in the file')
+    return bytearray(content)
+
+# %% ../nbs/20_export.ipynb #20-41c
 class _ArrayUnpickler(pickle.Unpickler):
     "Makes arrays of numbers and refuses everything else."
     def find_class(self, module, name):
-        known = {('numpy', 'ndarray'): _numbers, ('builtins', 'bytearray'): bytearray}
+        known = {('numpy', 'ndarray'): _numbers, ('builtins', 'bytearray'): _bytes}
         if (module, name) not in known:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, only arrays are made here")
         return known[module, name]
 
 def _load_pkl(path):
-    with open(path, 'rb') as f:
-        return _ArrayUnpickler(f).load()
+    content = Path(path).read_bytes()
+    _check_lengths(content)
+    return _ArrayUnpickler(BytesIO(content)).load()
 
 # %% ../nbs/20_export.ipynb #20-43
 def _write_detectron2(path, state, about):

@@ -474,6 +474,38 @@ def test_arrays_of_objects_are_refused(tmp_path):
         load_backbone(tmp_path/'o.pkl', 'resnet18')
 
 
+class Zeros:
+    def __reduce__(self): return bytearray, (6*10**9,)
+
+
+class Blank:
+    def __reduce__(self): return np.ndarray, ((6*10**9,), '|u1')
+
+
+HOSTILE = {'memo': b'K\x01r\xff\xff\xff\x3f.', 'length': b'\x80\x04\x8e' + (6*10**9).to_bytes(8, 'little') + b'.',
+           'zeros': pickle.dumps(Zeros(), 4), 'blank': pickle.dumps(Blank(), 4), 'cut': pickle.dumps(list(range(99)), 4)[:-9]}
+UNDER_A_LIMIT = '''
+import resource, sys, time
+from pixcon.export import load_backbone
+size = int(open('/proc/self/statm').read().split()[0])*resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 2**28,)*2)
+for path in sys.argv[1:]:
+    begun = time.time()
+    try: load_backbone(path, 'resnet18')
+    except (ValueError, TypeError) as e: print(type(e).__name__, e, time.time() - begun < 2)
+'''
+
+
+def test_a_few_bytes_that_ask_for_much(tmp_path):
+    "Refused at once, in 256 MB, with the file's name."
+    for name, content in HOSTILE.items(): (tmp_path/f'{name}.pkl').write_bytes(content)
+    paths = [str(tmp_path/f'{name}.pkl') for name in HOSTILE]
+    child = subprocess.run([sys.executable, '-c', UNDER_A_LIMIT, *paths], capture_output=True, text=True, timeout=100)
+    said = child.stdout.splitlines()
+    assert child.returncode == 0 and len(said) == len(HOSTILE), child.stdout + child.stderr[-2000:]
+    for line, path in zip(said, paths): assert line.startswith('ValueError') and path in line and line.endswith('True'), line
+
+
 def test_layouts_that_there_are_not(make_run, tmp_path):
     "The error says which are possible."
     run = make_run('shufflenet_v2_x1_0', 8, 32)
