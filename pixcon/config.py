@@ -16,7 +16,7 @@ from pathlib import Path
 
 # %% ../nbs/09_config.ipynb #09-07
 def param(default, why, # value if nothing else is said, one line that tells what it is
-          choices=(), least=-math.inf, most=math.inf): # allowed words, or range of a number
+          choices=(), least=-math.inf, most=math.inf): # allowed words, or range
     "A dataclass field with its meaning and what is allowed."
     about = dict(why=why, choices=choices, least=least, most=most)
     return field(default=default, metadata=about)
@@ -49,7 +49,7 @@ def _allowed(name, value, choices, least, most, **_):
 
 # %% ../nbs/09_config.ipynb #09-14
 def refuse_unknown(given, known, what='parameter'): # names, names that there are, of what
-    "Raises ValueError for a name that does not exist, and says which one may have been meant."
+    "Raises ValueError for a name that is none, and says which one may have been meant."
     for name in given:
         if name in known: continue
         close = difflib.get_close_matches(name, known, 1)
@@ -138,7 +138,8 @@ class PretrainConfig(RunConfig):
 RECIPES = dict(
     paper=dict(),
     small=dict(backbone='shufflenet_v2_x1_0', stride=8, size=64, min_scale=.25, blur_sigma=.6,
-               hidden=256, dim=64, dense_start=.3, epochs=60, batch=64, optimizer='adamw', lr=4e-3, weight_decay=1e-2,
+               hidden=256, dim=64, dense_start=.3, epochs=60, batch=64,
+               optimizer='adamw', lr=4e-3, weight_decay=1e-2,
                warmup_epochs=2., target_momentum=.95, log_steps=4))
 
 # %% ../nbs/09_config.ipynb #09-24
@@ -166,14 +167,14 @@ def show_config(config): # dataclass
     return '\n'.join(f'  {n} = {v!r}' for n, v in asdict(config).items())
 
 # %% ../nbs/09_config.ipynb #09-33
-def given_parameters(before, now): # copies of globals(): after the imports, and behind the parameters
-    "Names and values that came up in between, without those that begin with an underscore."
+def given_parameters(before, now): # copies of globals(), before and behind them
+    "Names and values that came up in between, none that begins with an underscore."
     new = {n: v for n, v in now.items() if n not in before or before[n] is not v}
     return {n: v for n, v in new.items() if not n.startswith('_') and n != 'before'}
 
 # %% ../nbs/09_config.ipynb #09-36
 def _value(word, kind):
-    "A word from the command line as the number that its parameter wants, otherwise itself."
+    "A word of the command line as the number that its parameter wants, or itself."
     for number in (int, float):
         try: return number(word) if kind in (int, float) else word
         except ValueError: pass
@@ -181,7 +182,7 @@ def _value(word, kind):
 
 def command_line(kind, prog, # dataclass, what to call the program
                  words=None): # None for this process's own
-    "Parameters given on a command line, a dict, unknown ones end the process with a message."
+    "Parameters of a command line, a dict; unknown ones end the process with a message."
     parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False)
     for f in fields(kind):
         text = f"{f.metadata['why']} (default: {f.default!r})".replace('%', '%%')

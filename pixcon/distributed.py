@@ -47,15 +47,15 @@ def device():
 
 # %% ../nbs/11_distributed.ipynb #11-10
 def _refuse_old_addresses():
-    "Raises ValueError if a group that is begun again may read the addresses of the one before."
+    "Raises ValueError if a group begun again may read the addresses of the one before."
     again = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0))
     if not again or os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True': return
-    raise ValueError(f'--max-restarts {again} needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the '
-                     'environment and --standalone or --rdzv-backend c10d, or the new processes '
-                     'may wait for ended ones')
+    raise ValueError(
+        f'--max-restarts {again} needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment '
+        'and --standalone or --rdzv-backend c10d, or new processes may wait for ended ones')
 
 def join():
-    "Joins the processes of the run that torchrun started; raises ValueError if GPUs or a setting are missing."
+    "Joins the run's processes, started by torchrun; ValueError if a GPU or setting is missing."
     _refuse_old_addresses()
     local, here = int(os.environ['LOCAL_RANK']), int(os.environ['LOCAL_WORLD_SIZE'])
     if torch.cuda.is_available():
@@ -78,7 +78,7 @@ def gather_objects(thing):
     return found
 
 def once_a_machine(make): # function without arguments
-    "What it returns, called by the first process of each machine and handed to its others."
+    "What it returns, called by each machine's first process and handed to its others."
     own = make() if local_rank() == 0 else None
     return gather_objects(own)[rank() - local_rank()]
 
@@ -176,7 +176,7 @@ def shared(model, device, # 'cpu' or 'cuda'
 
 # %% ../nbs/11_distributed.ipynb #11-25
 def share_buffers(model):
-    "Gives all processes the first one's buffers, batch norm's running statistics among them."
+    "Gives all processes the first one's buffers, such as batch norm's statistics."
     if world() == 1: return
     for buffer in model.buffers(): dist.broadcast(buffer, 0)
 
@@ -208,11 +208,13 @@ def main(prog, kind, train, # its name, record of its parameters, function of th
 def check_processes(processes):
     "Raises ValueError unless it is a whole number that this machine has GPUs for, if it has any."
     if type(processes) is not int or processes < 1:
-        raise ValueError(f'processes must be a whole number of at least 1, got {processes!r}')
+        raise ValueError(
+            f'processes must be a whole number of at least 1, got {processes!r}')
     if not torch.cuda.is_available(): return
     if processes > torch.cuda.device_count():
         most = torch.cuda.device_count()
-        raise ValueError(f'processes must be at most the number of GPUs, {most}, got {processes}')
+        raise ValueError(
+            f'processes must be at most the number of GPUs, {most}, got {processes}')
 
 def launch(module, given, processes, # such as 'pixcon.training', its parameters (dict), how many on this machine
            show=print): # called with each line that they print

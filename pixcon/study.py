@@ -49,7 +49,7 @@ def variant_parameters(word): # such as 'moco', 'sr' or 'sr@0.3'
                      'at which the dense loss of coord, sim or sr begins')
 
 def rank(word):
-    "Key to sort variants by: random weights, then the methods in their order, late ones last."
+    "Key to sort variants by: random weights, the methods in their order, late ones last."
     return ['random', *methods].index(word.partition('@')[0]), word
 
 def variant_title(word):
@@ -152,7 +152,7 @@ def look_at_matches(backbone, # in eval mode, on the CPU
                     images, # uint8 (3,H,W) each
                     size, min_scale, # pixels per side of a view, smallest area of a view
                     n=256): # how many images
-    "`match_health` of a backbone's own features on pairs of views that depend on nothing else."
+    "`match_health` of a backbone's own features on pairs of views that never change."
     views = TwoViews(images, size, seed=1_000_003, scale=(min_scale, 1.))
     mean, std = (torch.tensor(v)[:, None, None] for v in (imagenet_mean, imagenet_std))  # (3,1,1)
     parts = []
@@ -198,7 +198,8 @@ def jobs(config): # StudyConfig
             for variant in listed(config.variants): yield variant, epochs, seed
 
 # %% ../nbs/22_study.ipynb #22-20
-_may_differ = {'workers', 'log_steps', 'save_minutes', 'save_epochs', 'compile', 'cache', 'decode'}
+_may_differ = {'workers', 'log_steps', 'save_minutes', 'save_epochs', 'compile', 'cache',
+               'decode'}
 
 def remember(folder, given): # dict of the runs' other parameters
     "Writes study.json, or raises ValueError if the study that is there has other parameters."
@@ -221,7 +222,7 @@ def run_of(config, job, given): # StudyConfig, one of `jobs`, other parameters o
     return Pretraining(*configure(**given | chosen, seed=seed, out=out))
 
 def trained(training, until=math.inf): # a run, time in seconds since 1970 at which it stops
-    "The backbone of a run on the CPU in eval mode, None if the time was over before its end."
+    "The backbone of a run on the CPU in eval mode, None if the time was over first."
     training.fit(until)
     if training.run.step < training.run.total: return None
     backbone = training.model.online.backbone.cpu().to(memory_format=torch.contiguous_format)
@@ -242,14 +243,14 @@ def about_run(job, training): # one of `jobs`, its run
                 epochs=epochs, steps=run.step, seconds=round(run.seconds), seed=seed)
 
 def matches(training): # a run
-    "`look_at_matches` on the images and views of a run as a test: a function of a backbone."
+    "`look_at_matches` on images and views of a run as a test: a function of a backbone."
     c = training.config
     return lambda backbone: look_at_matches(backbone, training.images, c.size, c.min_scale)
 
 # %% ../nbs/22_study.ipynb #22-25
 def run_study(config, given, # StudyConfig, other parameters of the runs (dict)
               tests, show=print): # of `study_tests`, called with a line for each run
-    "Trains what is not trained and scores what is not scored; returns whether all is there."
+    "Trains and scores what is not yet trained or scored; returns whether all is there."
     until = time.time() + 60*config.minutes if config.minutes else math.inf
     remember(config.out, given)
     for job in jobs(config):
