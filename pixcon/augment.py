@@ -301,6 +301,11 @@ def kept_sizes(images, short=0):
     return torch.tensor([kept_size(h, w, short) for h, w in np.asarray(sizes).tolist()])
 
 # %% ../nbs/03_augment.ipynb #03-60
+def _without_pixels(images, i): # with sizes and a dict of bad ones
+    "A tensor of image i's shape that holds nothing; ValueError if the image can't be read."
+    if i in images.bad: raise ValueError(images.bad[i])
+    return torch.empty(3, *images.sizes[i].tolist(), dtype=torch.uint8, device='meta')
+
 class Resident:
     "All images as uint8 on a device, of which views are cut there."
     def __init__(self, images, device='cpu', # anything with a length and uint8 (3,H,W) items, where to
@@ -315,9 +320,7 @@ class Resident:
             if isinstance(pixels, str): self.bad[i] = pixels
             else: self.pixels[self.start[i]:][:area[i]] = pixels.to(device)
     def __len__(self): return len(self.sizes)
-    def __getitem__(self, i): # a tensor without pixels
-        if i in self.bad: raise ValueError(self.bad[i])
-        return torch.empty(3, *self.sizes[i].tolist(), dtype=torch.uint8, device='meta')
+    def __getitem__(self, i): return _without_pixels(self, i)
     def __repr__(self): return f'{self.images!r}, kept on {self.pixels.device}'
 
 # %% ../nbs/03_augment.ipynb #03-62
@@ -358,9 +361,7 @@ class _Shapes:
     "Images without their pixels, as large as `scan` found them."
     def __init__(self, images): self.images = images
     def __len__(self): return len(self.images)
-    def __getitem__(self, i):
-        if i in self.images.bad: raise ValueError(self.images.bad[i])
-        return torch.empty(3, *self.images.sizes[i].tolist(), dtype=torch.uint8, device='meta')
+    def __getitem__(self, i): return _without_pixels(self.images, i)
 
 class FileViews:
     "As `TwoViews`, with the file of each image in place of its views."

@@ -148,7 +148,7 @@ def device_decoder(device): # 'cpu' or 'cuda'
             decode([file])
             return decode
         except Exception as e:
-            why.append(f'{name}: {str(e).splitlines()[0]}')
+            why.append(f'{name}: {(str(e).splitlines() or [type(e).__name__])[0]}')
     raise ValueError(f"no decoder for JPEG files works on {device} ({'; '.join(why)}): set decode to 'cpu'")
 
 # %% ../nbs/01_data.ipynb #01-14d
@@ -156,7 +156,7 @@ def decode_files(files, # of `encoded`
                  decode, device): # of `device_decoder`, and the same device
     "Images on the device, uint8 (3,H,W) each; RuntimeError or ValueError if one can't be read."
     if any(not len(file) for file in files):
-        raise ValueError('a file in the batch can\'t be read')
+        raise ValueError("a file in the batch can't be read")
     jpeg = [i for i, file in enumerate(files) if file.ndim == 1]
     images = [file.to(device, non_blocking=True) if file.ndim == 3 else None for file in files]
     for i, image in zip(jpeg, decode([files[i] for i in jpeg]) if jpeg else []):

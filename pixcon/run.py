@@ -41,7 +41,7 @@ def write_checkpoint(path, state): # file, dict of tensors and plain values
     os.replace(part, path)
 
 def write_tensors(path, state, about=None): # file, dict of tensors, dict of str
-    "Writes a .safetensors file that others may read, as for other files (safetensors itself asks for nobody else)."
+    "Writes a .safetensors file with the permissions of any new file, not for its owner alone."
     save_file(state, path, about)
     umask = os.umask(0)
     os.umask(umask)

@@ -379,30 +379,31 @@ def kept(self:Pretraining):
         self.resident = Resident(self.images, self.device, c.cache_size, loader_workers(c.workers))
     return self.resident
 
-def drawn(training): # Pretraining
+def drawn(training, in_memory): # Pretraining, whether images are kept in memory
     "The data set behind the loader: views, or boxes where views are cut on the device."
     c, given = training.config, dict(size=training.config.size, seed=training.config.seed)
     given['scale'] = c.min_scale, 1.
     if c.decode == 'device': return FileViews(training.images, **given)
     if c.cache == 'device': return TwoViews(training.kept(), **given, pixels=False)
-    return TwoViews(cached(training.images) if training.fits() else training.images, **given)
+    return TwoViews(cached(training.images) if in_memory else training.images, **given)
 
 def item_bytes(training): # Pretraining
     "Bytes that the loader hands over for an image, those of its two views or of its file."
-    c, paths = training.config, getattr(training.images, 'paths', [])
-    if c.decode == 'cpu': return 2*3*c.size**2
+    if training.config.decode == 'cpu': return 2*3*training.config.size**2
+    paths = training.images.paths
     return np.mean([p.stat().st_size for p in paths[::max(len(paths)//32, 1)] if p.exists()])
 
 @patch
 def loader(self:Pretraining):
     "Parts of batches from the present step to the end of the run."
-    c, pin = self.config, self.device == 'cuda'
+    c, pin, in_memory = self.config, self.device == 'cuda', self.fits()
     batches = Batches(len(self.images), c.batch, c.epochs, c.seed, self.run.step,
                       c.accumulate, rank(), world())
     collate = collate_files if c.decode == 'device' else default_collate
     part = c.batch//(c.accumulate*world())
-    how = loading(0 if c.cache == 'device' else c.workers, part*item_bytes(self), self.fits())
-    return DataLoader(drawn(self), batch_sampler=batches, collate_fn=collate, pin_memory=pin, **how)
+    how = loading(0 if c.cache == 'device' else c.workers, part*item_bytes(self), in_memory)
+    views = drawn(self, in_memory)
+    return DataLoader(views, batch_sampler=batches, collate_fn=collate, pin_memory=pin, **how)
 
 # %% ../nbs/12_training.ipynb #12-45
 @patch

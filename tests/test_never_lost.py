@@ -237,7 +237,7 @@ leave()
 
 
 @pytest.mark.parametrize('statistics,amp,bound,dense_start', [
-    ('fixed', 'off', 1e-6, .15), ('fixed', 'bf16', 2e-2, 0), ('of the batch', 'off', 1e-5, 0)])
+    ('fixed', 'off', 1e-6, 0), ('fixed', 'off', 1e-6, .15), ('fixed', 'bf16', 2e-2, 0), ('of the batch', 'off', 1e-5, 0)])
 def test_two_processes_are_one(tmp_path, statistics, amp, bound, dense_start):
     """Queues and weights are the same bits on both, losses are those of one process with the whole batch.
 

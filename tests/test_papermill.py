@@ -44,6 +44,8 @@ def test_trains_and_continues(tmp_path):
 
 @pytest.mark.parametrize('wrong,message', [
     (dict(epochz=8), "unknown parameter 'epochz', did you mean 'epochs'?"),
+    (dict(epochs='many'), "epochs must be a whole number, got 'many'"),
+    (dict(matching='near'), "matching must be one of 'sim', 'coord', got 'near'"),
     (dict(data='/no/such/folder'), "'/no/such/folder' is no folder"),
 ])
 def test_wrong_parameter_stops_at_once(tmp_path, wrong, message):

@@ -488,7 +488,11 @@ def results_notebook(folder, **parameters):
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize('wrong,message', [({}, "'nbs/studies' is no folder"), (dict(run='.'), "unknown parameter")])
+@pytest.mark.parametrize('wrong,message', [
+    (dict(runs='/no/such/folder'), "'/no/such/folder' is no folder"),
+    ({}, "'nbs/studies' is no folder"),
+    (dict(run='.'), "unknown parameter"),
+])
 def test_notebook_stops_without_runs(tmp_path, wrong, message):
     "A folder that is not there and a misspelt parameter are errors, and nothing is written."
     stopped = results_notebook(tmp_path, **wrong)

@@ -699,7 +699,7 @@ def test_wrong_parameters_are_named(tmp_path, monkeypatch, wrong, message):
 
 
 @pytest.mark.parametrize('wrong,message', [
-    (dict(iteration=8), "unknown parameter 'iteration'"),
+    (dict(iteration=8), "unknown parameter 'iteration'"), (dict(checkpoint='nowhere'), "'nowhere' is no run folder"),
     (dict(processes=0), 'processes must be a whole number of at least 1, got 0')])
 def test_wrong_parameter_stops(tmp_path, wrong, message):
     "Before any work, with a message that names it."
