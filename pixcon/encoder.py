@@ -179,9 +179,10 @@ def backbone_source(name, part=''):
     "Where a network of one's own comes from, a dict with its file and the file's hash; empty for a library's."
     if not is_own(name): return {}
     module, _, attribute = name.partition(':')
-    file = inspect.getsourcefile(inspect.unwrap(_maker(name)))
-    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
-    return dict(module=module, attribute=attribute, part=part, file=os.path.relpath(file), sha256=digest)
+    file = Path(inspect.getsourcefile(inspect.unwrap(_maker(name)))).resolve()
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    if file.is_relative_to(Path.cwd()): file = file.relative_to(Path.cwd())
+    return dict(module=module, attribute=attribute, part=part, file=str(file), sha256=digest)
 
 # %% ../nbs/04_encoder.ipynb #04-14
 def make_backbone(backbone, # torchvision or timm model, 'module:function', or any nn.Module giving (N,C,h,w)
