@@ -203,8 +203,9 @@ class Pyramid(nn.Module):
         self.out_channels = width
     def forward(self, x): # (N,3,H,W) -> dict of (N,width,h,w)
         maps = OrderedDict()
-        several = [] if self.names else own_maps(self.backbone, x)
-        for name in self.taken if several else (): maps[str(len(maps))] = several[int(name)]
+        if not self.names:
+            several = own_maps(self.backbone, x)
+            for name in self.taken: maps[str(len(maps))] = several[int(name)]
         for name in self.names:
             x = self.backbone.get_submodule(name)(x)
             if name in self.taken: maps[str(len(maps))] = x

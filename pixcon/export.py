@@ -508,7 +508,7 @@ def _own_described(about, layout, backbone, reference, file, licence):
     return about | dict(
         layout=layout,
         pixcon=__version__,
-        library=f"{source['file']}, SHA-256 {source['sha256'][:12]}",
+        library=f"{Path(source['file']).name}, SHA-256 {source['sha256'][:12]}",
         map=f'{c} channels, {h} x {w} cells for an image of {size} x {size} pixels',
         left_at_random=', '.join(_rest(whole.state_dict(), needed)) or 'nothing',
         input=f'RGB in [0,1], minus {list(imagenet_mean)}, divided by {list(imagenet_std)}',
