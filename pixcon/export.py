@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['to_detectron2', 'from_detectron2', 'library_names', 'layouts', 'match_names', 'verify_weights', 'write_weights',
-           'read_weights', 'export_backbone', 'export_own', 'write_card', 'load_backbone', 'main']
+           'read_weights', 'export_backbone', 'export_own', 'write_card', 'load_backbone', 'hub_folder', 'push_to_hub',
+           'from_pretrained', 'verify_onnx', 'export_onnx', 'read_about', 'main']
 
 # %% ../nbs/20_export.ipynb #20-02
-import json, os, pickle, pickletools, re, shlex, sys
+import importlib.util, json, os, pickle, pickletools, re, shlex, sys, tempfile
 from collections import OrderedDict
 from dataclasses import asdict
 from io import BytesIO
@@ -18,6 +19,7 @@ import torch
 import torchvision
 from fastcore.script import call_parse
 from safetensors import safe_open
+from torch.export import Dim
 from torchvision.models.feature_extraction import create_feature_extractor
 from . import __version__
 from .augment import imagenet_mean, imagenet_std
@@ -111,15 +113,17 @@ def library_names(backbone, # what `make_backbone` returned
     return {n: whole[n.removeprefix('net.')] for n in names}
 
 # %% ../nbs/20_export.ipynb #20-27
-_suffix = dict(torchvision='.pth', timm='.pth', detectron2='.pkl', mm='.pth',
-               safetensors='.safetensors')
+_suffix = {'torchvision': '.pth', 'timm': '.pth', 'timm-features': '.pth', 'detectron2': '.pkl',
+           'mm': '.pth', 'safetensors': '.safetensors'}
 
 def layouts(backbone): # name of a torchvision or timm model
     "Layouts that a network can be exported to, as a tuple."
     if not _in_torchvision(backbone):
-        return 'timm', 'safetensors'
+        return 'timm', 'timm-features', 'safetensors'
     module = torchvision.models.get_model_builder(backbone).__module__
-    return tuple(_suffix) if module.endswith('.resnet') else ('torchvision', 'safetensors')
+    if module.endswith('.resnet'):
+        return 'torchvision', 'timm', 'detectron2', 'mm', 'safetensors'
+    return 'torchvision', 'safetensors'
 
 # %% ../nbs/20_export.ipynb #20-30
 def _listed(names):
@@ -161,13 +165,16 @@ def _torchvision_reference(name, backbone):
     return whole, list(cut.state_dict()), lambda x: cut(x)['map']
 
 # %% ../nbs/20_export.ipynb #20-35
-def _timm_reference(name, stride): # stride: pixels per cell
+def _timm_index(name, stride): # stride: pixels per cell
+    "Number, among the maps of timm's model, of the last one of a stride."
+    with torch.device('meta'):
+        features = _timm().create_model(name, features_only=True)
+    strides = features.feature_info.reduction()
+    return max(i for i, s in enumerate(strides) if s == stride)
+
+def _timm_reference(name, last): # last: number of the map
     "As `_torchvision_reference`, for timm's model of that name."
     timm = _timm()
-    with torch.device('meta'):
-        features = timm.create_model(name, features_only=True)
-    strides = features.feature_info.reduction()
-    last = max(i for i, s in enumerate(strides) if s == stride)
     with torch.device('meta'):
         cut = timm.create_model(name, features_only=True, out_indices=[last])
     needed = list(_whole_names(cut.state_dict(), name).values())
@@ -178,14 +185,29 @@ def _timm_reference(name, stride): # stride: pixels per cell
         return whole.forward_intermediates(x, indices=[last], intermediates_only=True)[0]
     return whole, needed, see
 
+# %% ../nbs/20_export.ipynb #20-f42c8b
+def _extractor_reference(name, last):
+    "As `_timm_reference`, for timm's feature extractor, whose names are its own."
+    extractor = _timm().create_model(name, features_only=True, out_indices=[last]).eval()
+    channels = extractor.feature_info.channels()[0]
+    def see(x):
+        f = extractor(x)[0]                                        # (N,C,h,w) or (N,h,w,C)
+        return f if f.shape[1] == channels else f.permute(0, 3, 1, 2)
+    return extractor, list(extractor.state_dict()), see
+
+def _map_index(name, backbone):
+    "Number of our map among those of timm's model of that name."
+    if _in_torchvision(name):
+        return _timm_index(name, 224//feature_shape(backbone, 224)[1])
+    return _timm_index(name, backbone.net.feature_info.reduction()[0])
+
 def _reference(name, backbone, layout):
     "What to check an export against: whole model, needed names, map."
-    known = _in_torchvision(name)
-    if known and layout != 'timm':
+    if _in_torchvision(name) and layout != 'timm':
         return _torchvision_reference(name, backbone)
-    if known:
-        return _timm_reference(name, 224//feature_shape(backbone, 224)[1])
-    return _timm_reference(name, backbone.net.feature_info.reduction()[0])
+    index = _map_index(name, backbone)
+    make = _extractor_reference if layout == 'timm-features' else _timm_reference
+    return make(name, index)
 
 # %% ../nbs/20_export.ipynb #20-37
 def _pictures(size):
@@ -344,6 +366,7 @@ def _pixel_statistics():
     return [str([round(255*x, 3) for x in v]) for v in (imagenet_mean, imagenet_std)]
 
 def _use_detectron2(name, file):
+    "Words for the end of a command line of detectron2, in quotes where a shell needs them."
     depth, groups, width = _shape_of(name)
     mean, std = _pixel_statistics()
     settings = {
@@ -356,22 +379,46 @@ def _use_detectron2(name, file):
         'INPUT.FORMAT': 'RGB',
         'MODEL.PIXEL_MEAN': mean,
         'MODEL.PIXEL_STD': std}
-    return ' '.join(f'{n} {v}' for n, v in settings.items())
+    return shlex.join(str(word) for pair in settings.items() for word in pair)
 
 # %% ../nbs/20_export.ipynb #20-50
-def _use_mm(name, file):
+def _mm_backbone(name, width_word):
+    "The type and shape of a ResNet in a configuration; a library's word for the width of a group."
     depth, groups, width = _shape_of(name)
-    mean, std = _pixel_statistics()
-    kind = "'ResNet'"
-    if groups > 1:
-        kind = f"'ResNeXt', groups={groups}, width_per_group={width}"
-    elif 'wide' in name:
-        kind += ', base_channels=128, expansion=2'
-    weights = f"dict(type='Pretrained', checkpoint='{file}', prefix='backbone')"
-    return (f"backbone=dict(type={kind}, depth={depth}, init_cfg={weights}), "
-            f"data_preprocessor=dict(mean={mean}, std={std}, bgr_to_rgb=True)")
+    kind = f"type='ResNeXt', groups={groups}, {width_word}={width}" if groups > 1 else "type='ResNet'"
+    wide = ', base_channels=128, expansion=2' if 'wide' in name else ''
+    return f"{kind}{wide}, depth={depth}, style='pytorch'"
 
-def _use(name, layout, file):
+def _use_mm(name, file):
+    "Lines for the end of a configuration of mmpretrain, mmsegmentation or mmdetection."
+    mean, std = _pixel_statistics()
+    pixels = f'mean={mean}, std={std}'
+    weights = f"init_cfg=dict(type='Pretrained', checkpoint='{file}', prefix='backbone')"
+    def backbone(width_word):
+        return f'backbone=dict({_mm_backbone(name, width_word)}, {weights})'
+    lines = [
+        '# mmpretrain',
+        f"model = dict({backbone('width_per_group')})",
+        f'data_preprocessor = dict({pixels}, to_rgb=True)']
+    if 'wide' in name:
+        return '\n'.join([*lines, '# mmsegmentation and mmdetection have no wide ResNet'])
+    rest = f"{backbone('base_width')}, data_preprocessor=dict({pixels}, bgr_to_rgb=True)"
+    lines += ['# mmsegmentation', f'model = dict(pretrained=None, {rest})']
+    lines += ['# mmdetection', f'model = dict({rest})']
+    return '\n'.join(lines)
+
+# %% ../nbs/20_export.ipynb #20-f89935
+def _use_timm(name, layout, file, index): # index: number of our map among the model's
+    "Lines of Python for timm: the whole model, and its feature extractor."
+    extractor = f"timm.create_model('{name}', features_only=True, out_indices=[{index}]"
+    if layout == 'timm-features':
+        return f"features = {extractor}, checkpoint_path='{file}')"
+    return (f"model = timm.create_model('{name}')\n"
+            f"model.load_state_dict(torch.load('{file}', weights_only=True), strict=False)\n"
+            f"features = {extractor}, pretrained=True, pretrained_strict=False, "
+            f"pretrained_cfg_overlay=dict(file='{file}'))")
+
+def _use(name, layout, file, index=-1):
     "How a file is loaded."
     if layout == 'safetensors':
         return f"pixcon.export.load_backbone('{file}')"
@@ -379,8 +426,10 @@ def _use(name, layout, file):
         return _use_detectron2(name, file)
     if layout == 'mm':
         return _use_mm(name, file)
-    make = f"torchvision.models.{name}()" if layout == 'torchvision' else f"timm.create_model('{name}')"
-    return f"{make}.load_state_dict(torch.load('{file}', weights_only=True), strict=False)"
+    if layout != 'torchvision':
+        return _use_timm(name, layout, file, index)
+    return (f"model = torchvision.models.{name}()\n"
+            f"model.load_state_dict(torch.load('{file}', weights_only=True), strict=False)")
 
 # %% ../nbs/20_export.ipynb #20-53
 def _beginnings(name):
@@ -395,22 +444,28 @@ def _rest(whole, kept): # names of tensors
     return list(dict.fromkeys(found))
 
 # %% ../nbs/20_export.ipynb #20-55
-def _described(about, reference, backbone, layout, file, licence):
-    "The metadata of a file."
-    whole, needed, _ = reference
-    name, size = about['backbone'], int(about['size'])
+def _of_any_file(about, backbone, layout, licence):
+    "What the metadata of every file tells."
+    size = int(about['size'])
     c, h, w = feature_shape(backbone, size)
-    library = torchvision if layout != 'timm' and _in_torchvision(name) else _timm()
-    back = ', names mapped back' if layout in ('detectron2', 'mm') else ''
     return about | dict(
         layout=layout,
         pixcon=__version__,
-        library=f'{library.__name__} {library.__version__}',
         map=f'{c} channels, {h} x {w} cells for an image of {size} x {size} pixels',
-        left_at_random=', '.join(_rest(whole.state_dict(), needed)) or 'nothing',
         input=f'RGB in [0,1], minus {list(imagenet_mean)}, divided by {list(imagenet_std)}',
-        licence=licence,
-        use=_use(name, layout, file),
+        licence=licence)
+
+def _described(about, reference, backbone, layout, file, licence):
+    "The metadata of a file."
+    whole, needed, _ = reference
+    index = _map_index(about['backbone'], backbone) if 'timm' in layout else -1
+    name = about['backbone']
+    library = torchvision if 'timm' not in layout and _in_torchvision(name) else _timm()
+    back = ', names mapped back' if layout in ('detectron2', 'mm') else ''
+    return _of_any_file(about, backbone, layout, licence) | dict(
+        library=f'{library.__name__} {library.__version__}',
+        left_at_random=', '.join(_rest(whole.state_dict(), needed)) or 'nothing',
+        use=_use(name, layout, file, index),
         checked=('names and features (to 1e-06 of the largest) of this file '
                  f'against {library.__name__}{back}'))
 
@@ -423,11 +478,20 @@ def _ready(run, layout, encoder):
     if layout not in _suffix:
         raise ValueError(f"layout must be one of {', '.join(_suffix)}, got {layout!r}")
     if layout not in possible:
-        raise ValueError(f"{layout} has no {name}; possible layouts for it: {', '.join(possible)}")
+        library = 'torchvision' if _in_torchvision(name) else 'timm'
+        raise ValueError(
+            f"{library}'s {name} can't be written for {layout}; "
+            f"possible layouts for it: {', '.join(possible)}")
     backbone = make_backbone(name, int(about['stride']) or None)
     match_names(state, backbone.state_dict(), f"the {encoder} encoder in {str(run)!r} is no {name}")
     backbone.load_state_dict(state)
     return backbone, about
+
+def _layout_names(backbone, name, layout):
+    "A layout's name for each of a backbone's tensors, as a dict."
+    if layout != 'timm-features':
+        return library_names(backbone, name)
+    return {n: n.removeprefix('net.') for n in backbone.state_dict()}
 
 def _file_name(name, encoder, layout):
     "Such as resnet50-online-detectron2.pkl; safetensors need no word more."
@@ -453,7 +517,7 @@ def _write_checked(path, state, layout, metadata, backbone, reference):
 
 def export_backbone(run, # run folder
                     out, # folder for the file
-                    layout='torchvision', # or 'timm', 'detectron2', 'mm', 'safetensors'
+                    layout='torchvision', # or 'timm', 'timm-features', 'detectron2', 'mm', 'safetensors'
                     encoder='online', # or 'target'
                     licence='apache-2.0'): # of the weights, as a word in the metadata
     "Writes a run's backbone for another library; returns the path, or raises ValueError and writes nothing."
@@ -464,7 +528,7 @@ def export_backbone(run, # run folder
     name = about['backbone']
     path = out/_file_name(name, encoder, layout)
     reference = _reference(name, backbone, layout)
-    names = library_names(backbone, name)
+    names = _layout_names(backbone, name, layout)
     state = {names[n]: t for n, t in backbone.state_dict().items()}
     metadata = _described(about, reference, backbone, layout, path.name, licence)
     _write_checked(path, state, layout, metadata, backbone, reference)
@@ -563,21 +627,26 @@ def _curves(run, path):
     return ['## Curves', f'![loss, learning rate and speed]({picture.name})',
             '`loss_uninformed` is what queries pay that know nothing.']
 
-def _load_code(name, file, use=''): # use: how a network of one's own takes the file
+def _load_code(name, file, repo, use=''): # use: how a network of one's own takes the file
     "Lines of Python that load a file, with pixcon and, for torchvision's networks, without."
+    function, where = ('from_pretrained', repo) if repo else ('load_backbone', file)
     lines = [
-        'from pixcon.export import load_backbone', '',
-        f"backbone = load_backbone('{file}')  # (N,3,H,W) -> feature map"]
+        f'from pixcon.export import {function}', '',
+        f"backbone = {function}('{where}')  # (N,3,H,W) -> feature map"]
     if is_own(name):
-        lines += ['', '# or without pixcon', f"import {name.partition(':')[0]}",
+        got = ['from huggingface_hub import hf_hub_download'] if repo else []
+        use = use.replace(f"'{file}'", f"hf_hub_download('{repo}', '{file}')") if repo else use
+        lines += ['', '# or without pixcon', f"import {name.partition(':')[0]}", *got,
                   'from safetensors.torch import load_file', '', *use.splitlines()]
     if _in_torchvision(name):
+        got = f"hf_hub_download('{repo}', '{file}')" if repo else f"'{file}'"
         lines += [
             '', '# or without pixcon',
             'import torchvision',
+            *(['from huggingface_hub import hf_hub_download'] if repo else []),
             'from safetensors.torch import load_file', '',
             f'model = torchvision.models.{name}()',
-            f"model.load_state_dict(load_file('{file}'), strict=False)"]
+            f'model.load_state_dict(load_file({got}), strict=False)']
     return '\n'.join(['```python', *lines, '```'])
 
 # %% ../nbs/20_export.ipynb #20-62
@@ -593,7 +662,8 @@ def _command(config):
 _facts = ('encoder', 'variant', 'step', 'map', 'left_at_random', 'input', 'checked', 'library', 'pixcon')
 
 def write_card(run, # run folder
-               path): # an exported file of it
+               path, # an exported file of it
+               repo=None): # 'user/name' if it goes to the Hugging Face Hub
     "Writes a model card beside an exported file, FILE.md, and the curves of the log, FILE.png."
     _, about = read_weights(path)
     config, name, licence = json.loads(about['config']), about['backbone'], about['licence']
@@ -610,7 +680,7 @@ def write_card(run, # run folder
         _table([(n.replace('_', ' '), about[n]) for n in _facts]),
         '## Data', _data(config),
         '## Made by', _command(config),
-        '## Load', _load_code(name, path.name, about['use'])]
+        '## Load', _load_code(name, path.name, repo, about['use'])]
     if numbers:
         parts += ['## Numbers', _table(numbers)]
     parts += _curves(run, path)
@@ -645,26 +715,168 @@ def load_backbone(path, # a file that `export_backbone` or a run wrote, or a run
     if is_own(name) and about.get('layout') == 'whole' and part:
         given = {n.removeprefix(f'{part}.'): t for n, t in given.items()}
     ours = net.state_dict()
-    same = given.keys() == ours.keys()
-    names = {n: n for n in ours} if same else library_names(net, name)
+    usual = {n: n for n in ours}, _layout_names(net, name, 'timm-features')
+    fitting = [names for names in usual if given.keys() == set(names.values())]
+    names = fitting[0] if fitting else library_names(net, name)
     wanted = {names[n]: t for n, t in ours.items()}
     match_names(given, wanted, f"{str(path)!r} is no backbone of {name}")
     net.load_state_dict({n: given[names[n]] for n in ours})
     return net
 
+# %% ../nbs/20_export.ipynb #20-ab17b7
+def _hub():
+    "The library, or an error that says how to get it."
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ValueError("this needs huggingface_hub: pip install 'pixcon[hub]'") from None
+    return huggingface_hub
+
+def hub_folder(run, # run folder
+               out, # folder to write
+               repo, # 'user/name', for the card
+               encoder='online', # or 'target'
+               licence='apache-2.0'): # of the weights, one of the Hub's words
+    "Writes what a repository of the Hub holds: weights, parameters and the card; returns the folder."
+    out = Path(out)
+    with tempfile.TemporaryDirectory() as folder:
+        state, about = read_weights(export_backbone(run, folder, 'safetensors', encoder, licence))
+    about['use'] = f"pixcon.export.from_pretrained('{repo}')"
+    out.mkdir(parents=True, exist_ok=True)
+    path = out/'model.safetensors'
+    write_weights(path, state, 'safetensors', about)
+    write_card(Path(run), path, repo)
+    os.replace(path.with_suffix('.md'), out/'README.md')
+    (out/'config.json').write_text(json.dumps(json.loads(about['config']), indent=1))
+    return out
+
+# %% ../nbs/20_export.ipynb #20-82b46c
+def push_to_hub(run, # run folder
+                repo, # 'user/name', made if it is not there
+                encoder='online', # or 'target'
+                licence='apache-2.0', # of the weights, one of the Hub's words
+                private=False, # for a repository that is made
+                token=None): # None for the one of `hf auth login`
+    "Uploads a run's backbone and its card to the Hugging Face Hub; returns the commit's address."
+    api = _hub().HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        hub_folder(run, folder, repo, encoder, licence)
+        api.create_repo(repo, private=private, exist_ok=True)
+        said = f'The {encoder} backbone, pre-trained with pixcon {__version__}'
+        commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=said)
+    return commit.commit_url
+
+def from_pretrained(name, # 'user/name' on the Hub, or a folder of `hub_folder` or of a run
+                    revision=None, # branch, tag or commit on the Hub, None for the newest
+                    token=None): # for a private repository
+    "Backbone (in train mode) with weights from the Hugging Face Hub or a folder."
+    if not Path(name).is_dir():
+        path = _hub().hf_hub_download(name, 'model.safetensors', revision=revision, token=token)
+        return load_backbone(path)
+    found = [p for n in ('model', 'backbone') if (p := Path(name)/f'{n}.safetensors').exists()]
+    if not found:
+        raise FileNotFoundError(f"{str(name)!r} has no model.safetensors or backbone.safetensors")
+    return load_backbone(found[0])
+
+# %% ../nbs/20_export.ipynb #20-e03eb4
+def _need_onnx():
+    "Raises ValueError where a library is missing."
+    missing = [n for n in ('onnx', 'onnxscript', 'onnxruntime') if not importlib.util.find_spec(n)]
+    if missing:
+        raise ValueError(f"this needs {' and '.join(missing)}: pip install 'pixcon[onnx]'")
+
+def verify_onnx(path, # .onnx file
+                backbone, # ours
+                shapes): # images, height and width of the batches to try
+    "Largest difference of onnxruntime's map and ours over the largest feature, ValueError if over 1e-4."
+    import onnxruntime
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    apart, random = 0., torch.Generator().manual_seed(0)
+    for n, height, width in shapes:
+        x = torch.randn(n, 3, height, width, generator=random)
+        with torch.no_grad():
+            ours = backbone(x)                                     # (n,C,h,w)
+        theirs = torch.from_numpy(session.run(None, {'image': x.numpy()})[0])
+        same = theirs.shape == ours.shape
+        found = ((theirs - ours).abs().max()/ours.abs().max()).item() if same else torch.inf
+        if not found <= 1e-4:
+            raise ValueError(f"onnxruntime's map of {n} x {height} x {width} pixels differs from ours "
+                             f'by {found:.2g} of the largest feature, allowed is 1e-04')
+        apart = max(apart, found)
+    return apart
+
+# %% ../nbs/20_export.ipynb #20-238f9d
+def _onnx_program(backbone, size, any_size):
+    "The graph of a backbone for any number of images of any size, or of one."
+    varies = {0: Dim.DYNAMIC} | ({2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if any_size else {})
+    return torch.onnx.export(
+        backbone, (torch.zeros(2, 3, size, size),), dynamo=True, dynamic_shapes=(varies,),
+        input_names=['image'], output_names=['map'], verbose=False)
+
+def _write_onnx(path, backbone, about, any_size):
+    "Writes the graph with its metadata, all in one file, and checks it."
+    import onnx
+    import onnxruntime
+    size = int(about['size'])
+    program = _onnx_program(backbone, size, any_size)
+    said = about | dict(
+        sizes='any' if any_size else f'{size} x {size} pixels only',
+        library=f'onnx {onnx.__version__}, onnxruntime {onnxruntime.__version__}',
+        checked='features (to 1e-04 of the largest) of this file in onnxruntime')
+    program.model.metadata_props.update(said)
+    program.save(path, external_data=False)
+    others = [(3, size + 32, size + 96), (2, size + 17, size + 50)] if any_size else [(3, size, size)]
+    verify_onnx(path, backbone, [(1, size, size), *others])
+
+# %% ../nbs/20_export.ipynb #20-db30ac
+def export_onnx(run, # run folder
+                out, # folder for the file
+                encoder='online', # or 'target'
+                licence='apache-2.0'): # of the weights, as a word in the metadata
+    "Writes a run's backbone as ONNX; returns the path, or raises ValueError and writes nothing."
+    _need_onnx()
+    backbone, about = _ready(Path(run), 'safetensors', encoder)
+    backbone.eval()
+    path = Path(out)/f"{about['backbone']}-{encoder}.onnx"
+    about = _of_any_file(about, backbone, 'onnx', licence)
+    about['use'] = (f"session = onnxruntime.InferenceSession('{path.name}')\n"
+                    "features = session.run(None, {'image': image})[0]")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_stem(f'{path.stem}.part')
+    try:
+        try:
+            _write_onnx(part, backbone, about, any_size=True)
+        except (RuntimeError, ValueError):                         # of the exporter, of the comparison
+            _write_onnx(part, backbone, about, any_size=False)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+def read_about(path): # an exported file
+    "What a file says of itself, as a dict of str."
+    if Path(path).suffix != '.onnx':
+        return read_weights(Path(path))[1]
+    import onnx
+    return {p.key: p.value for p in onnx.load(path).metadata_props}
+
 # %% ../nbs/20_export.ipynb #20-73
 @call_parse
 def main(run:str, # run folder
          out:str, # folder for the file
-         layout:str='torchvision', # or timm, detectron2, mm, safetensors
+         layout:str='torchvision', # or timm, timm-features, detectron2, mm, safetensors, onnx
          encoder:str='online', # or target
          licence:str='apache-2.0'): # of the weights, as a word in the metadata
     "Export a run's backbone for another library."
     try:
-        path = export_backbone(run, out, layout, encoder, licence)
+        if layout == 'onnx':
+            path = export_onnx(run, out, encoder, licence)
+        else:
+            path = export_backbone(run, out, layout, encoder, licence)
     except (ValueError, FileNotFoundError) as e:
         sys.exit(f'not exported: {e}')
-    _, about = read_weights(path)
+    about = read_about(path)
     print(path)
-    for n in ('encoder', 'map', 'left_at_random', 'checked', 'input', 'use'):
-        print(f'  {n}: {about[n]}')
+    for n in ('encoder', 'map', 'sizes', 'left_at_random', 'checked', 'input', 'use'):
+        if n in about:
+            print(f'  {n}: {about[n]}'.replace('\n', '\n    '))
