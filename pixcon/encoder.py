@@ -160,10 +160,12 @@ def own_network(name): # such as 'my_package.my_module:build'
 def _take_map(net, args, out, name='', stride=None): # as a forward hook gets them
     "The last map of several, or the last of the wanted stride."
     if isinstance(out, dict): out = list(out.values())
-    if not isinstance(out, (list, tuple)) or not out: return out
-    if not stride: return out[-1]
-    strides = [args[0].shape[2]//f.shape[2] for f in out]
-    return out[_last_of(name, strides, stride)]
+    maps = out if isinstance(out, (list, tuple)) else [out]
+    if not maps or not stride: return maps[-1] if maps else out
+    strides = [args[0].shape[2]/f.shape[2] for f in maps]          # not whole where sizes are rounded
+    fitting = [f for f, s in zip(maps, strides) if .7 < s/stride < 1.4]
+    if fitting: return fitting[-1]
+    raise ValueError(f"{name!r} has no map of stride {stride}, it has {sorted({round(s) for s in strides})}")
 
 def part_of(net, part, name, stride=None): # of `own_network`, '' for all of it, its name, of which map
     "A part of a network of one's own, hooked to give one map; ValueError if there is none."

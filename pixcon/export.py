@@ -23,7 +23,7 @@ from . import __version__
 from .augment import imagenet_mean, imagenet_std
 from .scenes import Scenes
 from .encoder import (backbone_source, feature_shape, is_own, make_backbone,
-                            own_network, part_of)
+                            own_network, part_of, timm_model)
 from .plot import show_curves
 from .config import RECIPES, PretrainConfig, variant
 from .run import load_pth, read_file, read_log, read_run, write_tensors
@@ -166,12 +166,12 @@ def _timm_reference(name, stride): # stride: pixels per cell
     timm = _timm()
     with torch.device('meta'):
         features = timm.create_model(name, features_only=True)
-    strides = features.feature_info.reduction()
-    last = max(i for i, s in enumerate(strides) if s == stride)
+    info = features.feature_info
+    last = info.out_indices[max(i for i, s in enumerate(info.reduction()) if s == stride)]
     with torch.device('meta'):
         cut = timm.create_model(name, features_only=True, out_indices=[last])
     needed = list(_whole_names(cut.state_dict(), name).values())
-    whole = timm.create_model(name).eval()
+    whole = timm_model(name).eval()
     if not hasattr(whole, 'forward_intermediates'):
         raise ValueError(f"timm's {name!r} can't be asked for its map, so an export can't be checked")
     def see(x):
