@@ -492,6 +492,7 @@ def _own_reference(about, layout, names): # names of the tensors in the file
     part = part_of(net, about['part'], about['backbone'], int(about['stride']) or None)
     return net if layout == 'whole' else part, names, part
 
+# %% ../nbs/20_export.ipynb #20-9e579e
 def _use_own(about, layout, file):
     "Lines of Python that load a file into the network's own model."
     module, _, make = about['backbone'].partition(':')
