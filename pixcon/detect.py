@@ -41,7 +41,7 @@ from .config import (RunConfig, check, check_out, default_out, param, resolve,
                            variant)
 from .distributed import (device, gather_objects, main, rank, share_buffers,
                                 share_norms, shared, world)
-from .encoder import make_backbone
+from .encoder import feature_shape, is_own, make_backbone
 from .model import mean_over_processes
 from .objects import encode_mask, open_objects, which_objects, write_coco
 from .run import (Run, autocast, fingerprint, loader_workers, loading, make_optimizer,
@@ -614,6 +614,7 @@ def build_detector(config, classes): # DetectConfig, how many
     torch.manual_seed(config.seed)
     if config.checkpoint: backbone, _ = trained_backbone(config.checkpoint)
     else: backbone = make_backbone(config.backbone, config.stride or None, config.part)
+    if is_own(config.backbone): feature_shape(backbone, 256)       # refuses what gives no map
     torch.manual_seed(config.seed)
     return make_detector(backbone, classes, config)
 

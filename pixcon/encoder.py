@@ -122,9 +122,11 @@ def is_own(backbone): # name
 def _refuse_module(name, module):
     "Raises ValueError for a module that can't be a network's."
     if module.split('.')[0] in sys.stdlib_module_names:
-        raise ValueError(f"backbone {name!r}: {module!r} is a module of Python's own, give yours another name")
+        raise ValueError(f"backbone {name!r}: {module!r} is a module of Python's own, "
+                         "give yours another name")
     if not all(word.isidentifier() for word in module.split('.')):
-        raise ValueError(f"backbone {name!r}: {module!r} is no module, write my_package.my_module:build")
+        raise ValueError(f"backbone {name!r}: {module!r} is no module, "
+                         "write my_package.my_module:build")
 
 def _maker(name): # such as 'my_package.my_module:build'
     "The function or class that a name stands for; ValueError if there is none."
@@ -140,7 +142,8 @@ def _maker(name): # such as 'my_package.my_module:build'
                          f"neither installed nor in {here!r}") from None
     try: make = attrgetter(attribute)(found)
     except AttributeError:
-        raise ValueError(f"backbone {name!r}: there is no {attribute!r} in {found.__file__!r}") from None
+        where = getattr(found, '__file__', module)
+        raise ValueError(f"backbone {name!r}: there is no {attribute!r} in {where!r}") from None
     if callable(make) and not isinstance(make, nn.Module): return make
     raise ValueError(f"backbone {name!r} is a {type(make).__name__}, "
                      "it must be a function or class that returns the network")
@@ -160,37 +163,44 @@ def own_network(name): # such as 'my_package.my_module:build'
 def _take_map(net, args, out, name='', stride=None): # as a forward hook gets them
     "The last map of several, or the last of the wanted stride."
     if isinstance(out, dict): out = list(out.values())
-    if not isinstance(out, (list, tuple)) or not out: return out
-    if not stride: return out[-1]
-    strides = [args[0].shape[2]//f.shape[2] for f in out]
-    return out[_last_of(name, strides, stride)]
+    maps = out if isinstance(out, (list, tuple)) else [out]
+    if not maps or not stride: return maps[-1] if maps else out
+    strides = [args[0].shape[2]/f.shape[2] for f in maps]          # not whole where sizes are rounded
+    fitting = [f for f, s in zip(maps, strides) if .7 < s/stride < 1.4]
+    if fitting: return fitting[-1]
+    there = sorted({round(s) for s in strides})
+    raise ValueError(f"{name!r} has no map of stride {stride}, it has {there}")
 
 def part_of(net, part, name, stride=None): # of `own_network`, '' for all of it, its name, of which map
-    "A part of a network of one's own, hooked to give one map; ValueError if there is none."
+    "A part of a network of one's own, hooked to give one map; ValueError if there is no such part."
     try: net = net.get_submodule(part)
     except AttributeError:
         parts = [n for n, _ in net.named_children()]
-        raise ValueError(f"backbone {name!r} has no part {part!r}, it has {', '.join(parts)}") from None
+        raise ValueError(f"backbone {name!r} has no part {part!r}, "
+                         f"it has {', '.join(parts)}") from None
     net.register_forward_hook(partial(_take_map, name=name, stride=stride))
     return net
 
 def backbone_source(name, part=''):
-    "Where a network of one's own comes from, a dict with its file and the file's hash; empty for a library's."
+    "File of a network of one's own and the file's hash, a dict; empty for a library's."
     if not is_own(name): return {}
     module, _, attribute = name.partition(':')
     file = Path(inspect.getsourcefile(inspect.unwrap(_maker(name)))).resolve()
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     if file.is_relative_to(Path.cwd()): file = file.relative_to(Path.cwd())
-    return dict(module=module, attribute=attribute, part=part, file=str(file), sha256=digest)
+    return dict(module=module, attribute=attribute, part=part,
+                file=str(file), sha256=digest)
 
 # %% ../nbs/04_encoder.ipynb #04-14
-def make_backbone(backbone, # torchvision or timm model, 'module:function', or any nn.Module giving (N,C,h,w)
+def make_backbone(backbone, # torchvision or timm name, 'module:function', or nn.Module giving (N,C,h,w)
                   stride=None, # pixels per cell, None for the network's own last map
                   part=''): # of the network that 'module:function' returns, '' for all of it
     "Backbone from an image (N,3,H,W) to its feature map (N,C,h,w); ValueError for what can't be had."
     if isinstance(backbone, nn.Module): return backbone
     if is_own(backbone): return part_of(own_network(backbone), part, backbone, stride)
-    if part: raise ValueError(f"part {part!r} is for a network of your own, module:function, not for {backbone!r}")
+    if part:
+        raise ValueError(f"part {part!r} is for a network of your own, module:function, "
+                         f"not for {backbone!r}")
     known = torchvision.models.list_models(module=torchvision.models)
     make = _from_torchvision if backbone in known else _from_timm
     return make(backbone, stride)
@@ -202,8 +212,8 @@ def _refuse_map(f, height, width): # what a backbone returned for an image (1,3,
         found = tuple(getattr(f, 'shape', ())) or type(f).__name__
         raise ValueError(f"a backbone gives one map (N,C,h,w), this gave {found}")
     if height == width and f.shape[1] == f.shape[2] != f.shape[3]:
-        raise ValueError(f"a backbone gives one map (N,C,h,w), this gave {tuple(f.shape)}, its channels "
-                         "last: let it end with .permute(0, 3, 1, 2)")
+        raise ValueError(f"a backbone gives one map (N,C,h,w), this gave {tuple(f.shape)}, "
+                         "its channels last: let it end with .permute(0, 3, 1, 2)")
 
 @torch.no_grad()
 def feature_shape(backbone, size=224): # size: pixels per side, or (height, width)
@@ -214,11 +224,22 @@ def feature_shape(backbone, size=224): # size: pixels per side, or (height, widt
     blank = torch.zeros(1, 3, height, width, device=like.device, dtype=like.dtype)
     try: f = probe(blank)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as e:
-        raise ValueError(f"the backbone can't take an image of {height} x {width} pixels: {e}") from e
+        raise ValueError(f"the backbone can't take an image of {height} x {width} pixels: "
+                         f"{e}") from e
     _refuse_map(f, height, width)
     return tuple(f.shape[1:])
 
 # %% ../nbs/04_encoder.ipynb #04-023f7c
+def _check_gradients(learned): # gradients by name, None for none
+    "Raises ValueError unless each is there and finite."
+    without = [n for n, g in learned.items() if g is None]
+    if without:
+        raise ValueError(f"{len(without)} of {len(learned)} parameters get no gradient from its map, "
+                         f"the first is {without[0]!r}: give the part that makes the map (`part`), "
+                         "or set requires_grad off")
+    wrong = [n for n, g in learned.items() if not g.isfinite().all()]
+    if wrong: raise ValueError(f"the gradient of {wrong[0]!r} is not finite")
+
 def _trial(backbone, size, images): # a copy in train mode, pixels per side, images that pass it at once
     "Map of some noise, with gradient; ValueError where a batch norm has one value only."
     reached = ['']
@@ -231,8 +252,9 @@ def _trial(backbone, size, images): # a copy in train mode, pixels per side, ima
     except ValueError as e:
         if 'more than 1 value per channel' not in str(e): raise
         many = 'an image' if images == 1 else f'{images} images'
-        raise ValueError(f"its batch norm {reached[-1]!r} gets one value per channel from {many} of {size} "
-                         "pixels: take larger views, or more images at once") from None
+        raise ValueError(f"its batch norm {reached[-1]!r} gets one value per channel "
+                         f"from {many} of {size} pixels: take larger views, "
+                         "or more images at once") from None
 
 def check_backbone(backbone, # nn.Module
                    size, images=2): # pixels per side of a view, images that pass it at once
@@ -240,20 +262,16 @@ def check_backbone(backbone, # nn.Module
     cells = feature_shape(backbone, size)[1:]
     if cells == (1, 1): raise ValueError(f'its map of a view of {size} pixels has one cell')
     trial = copy.deepcopy(backbone).train()
-    if not any(p.requires_grad for p in trial.parameters()): raise ValueError('it has no parameter to train')
+    if not any(p.requires_grad for p in trial.parameters()):
+        raise ValueError('it has no parameter to train')
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
         f = _trial(trial, size, images)                            # (images,C,h,w)
     if not f.isfinite().all(): raise ValueError('its features are not all finite')
-    if not f.requires_grad: raise ValueError('its map has no gradient: is there a detach or no_grad in its forward?')
+    if not f.requires_grad:
+        raise ValueError('its map has no gradient: is there a detach or no_grad in its forward?')
     f.float().square().mean().backward()
-    learned = {n: p.grad for n, p in trial.named_parameters() if p.requires_grad}
-    without = [n for n, g in learned.items() if g is None]
-    if without:
-        raise ValueError(f"{len(without)} of {len(learned)} parameters get no gradient from its map, the first is "
-                         f"{without[0]!r}: give the part that makes the map (`part`), or set requires_grad off")
-    wrong = [n for n, g in learned.items() if not g.isfinite().all()]
-    if wrong: raise ValueError(f"the gradient of {wrong[0]!r} is not finite")
+    _check_gradients({n: p.grad for n, p in trial.named_parameters() if p.requires_grad})
 
 # %% ../nbs/04_encoder.ipynb #04-20
 def library_weights(backbone, name): # what `make_backbone` returned for the name

@@ -25,7 +25,7 @@ from . import __version__
 from .augment import imagenet_mean, imagenet_std
 from .scenes import Scenes
 from .encoder import (backbone_source, feature_shape, is_own, make_backbone,
-                            own_network, part_of)
+                            own_network, part_of, timm_model)
 from .plot import show_curves
 from .config import RECIPES, PretrainConfig, variant
 from .run import load_pth, read_file, read_log, read_run, write_tensors
@@ -169,8 +169,8 @@ def _timm_index(name, stride): # stride: pixels per cell
     "Number, among the maps of timm's model, of the last one of a stride."
     with torch.device('meta'):
         features = _timm().create_model(name, features_only=True)
-    strides = features.feature_info.reduction()
-    return max(i for i, s in enumerate(strides) if s == stride)
+    info = features.feature_info
+    return info.out_indices[max(i for i, s in enumerate(info.reduction()) if s == stride)]
 
 def _timm_reference(name, last): # last: number of the map
     "As `_torchvision_reference`, for timm's model of that name."
@@ -178,7 +178,7 @@ def _timm_reference(name, last): # last: number of the map
     with torch.device('meta'):
         cut = timm.create_model(name, features_only=True, out_indices=[last])
     needed = list(_whole_names(cut.state_dict(), name).values())
-    whole = timm.create_model(name).eval()
+    whole = timm_model(name).eval()
     if not hasattr(whole, 'forward_intermediates'):
         raise ValueError(f"timm's {name!r} can't be asked for its map, so an export can't be checked")
     def see(x):
@@ -556,6 +556,7 @@ def _own_reference(about, layout, names): # names of the tensors in the file
     part = part_of(net, about['part'], about['backbone'], int(about['stride']) or None)
     return net if layout == 'whole' else part, names, part
 
+# %% ../nbs/20_export.ipynb #20-9e579e
 def _use_own(about, layout, file):
     "Lines of Python that load a file into the network's own model."
     module, _, make = about['backbone'].partition(':')

@@ -242,7 +242,8 @@ def other_tensors(theirs, ours): # state dicts
     names = [n for n in theirs | ours if theirs.get(n) != ours.get(n)]
     if not names: return []
     n = names[0]
-    return [f"another network: {len(names)} tensors, the first is {n!r} of shape {theirs.get(n)}, now {ours.get(n)}"]
+    return [f'another network: {len(names)} tensors, the first is {n!r} of shape '
+            f'{theirs.get(n)}, now {ours.get(n)}']
 
 @patch
 def refuse_other(self:Run, state):

@@ -489,7 +489,8 @@ def note_source(config, run):
     if not now: return
     then = json.loads(path.read_text()) if run.step and path.exists() else now
     if then['sha256'] != now['sha256']:
-        print(f"{now['file']} has changed since step 0; its parameters have the same names and shapes", flush=True)
+        print(f"{now['file']} has changed since step 0; "
+              "its parameters have the same names and shapes", flush=True)
     else: path.write_text(json.dumps(now, indent=1))
 
 @patch
