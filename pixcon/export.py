@@ -188,7 +188,7 @@ def _timm_reference(name, last): # last: number of the map
 # %% ../nbs/20_export.ipynb #20-f42c8b
 def _extractor_reference(name, last):
     "As `_timm_reference`, for timm's feature extractor, whose names are its own."
-    extractor = _timm().create_model(name, features_only=True, out_indices=[last]).eval()
+    extractor = timm_model(name, features_only=True, out_indices=[last]).eval()
     channels = extractor.feature_info.channels()[0]
     def see(x):
         f = extractor(x)[0]                                        # (N,C,h,w) or (N,h,w,C)
