@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['to_detectron2', 'from_detectron2', 'library_names', 'layouts', 'match_names', 'verify_weights', 'write_weights',
-           'read_weights', 'export_backbone', 'export_own', 'write_card', 'load_backbone', 'main']
+           'read_weights', 'export_backbone', 'write_card', 'load_backbone', 'export_own', 'main']
 
 # %% ../nbs/20_export.ipynb #20-02
 import json, os, pickle, pickletools, re, shlex, sys
@@ -472,66 +472,6 @@ def export_backbone(run, # run folder
         write_card(run, path)
     return path
 
-# %% ../nbs/20_export.ipynb #20-4d54a6
-def _own_ready(run, layout, encoder):
-    "As `_ready`, of a network of one's own."
-    state, about = _run_weights(run, encoder)
-    name = about['backbone']
-    if layout not in ('safetensors', 'whole'):
-        raise ValueError(f"{layout!r} is no layout for {name}; possible layouts for it: safetensors, whole")
-    backbone = make_backbone(name, int(about['stride']) or None, about['part'])
-    names = list(backbone.state_dict())
-    match_names(state, backbone.state_dict(), f"the {encoder} encoder in {str(run)!r} is no {name}")
-    backbone.load_state_dict(state)
-    prefix = f"{about['part']}." if layout == 'whole' and about['part'] else ''
-    return backbone, about, {n: f'{prefix}{n}' for n in names}
-
-def _own_reference(about, layout, names): # names of the tensors in the file
-    "The network made anew, the names that the map needs, and its map as a function of the image."
-    net = own_network(about['backbone']).eval()
-    part = part_of(net, about['part'], about['backbone'], int(about['stride']) or None)
-    return net if layout == 'whole' else part, names, part
-
-# %% ../nbs/20_export.ipynb #20-9e579e
-def _use_own(about, layout, file):
-    "Lines of Python that load a file into the network's own model."
-    module, _, make = about['backbone'].partition(':')
-    part = f".{about['part']}" if about['part'] and layout != 'whole' else ''
-    load = f"torch.load('{file}', weights_only=True)" if layout == 'whole' else f"load_file('{file}')"
-    strict = ', strict=False' if layout == 'whole' and about['part'] else ''
-    return f'model = {module}.{make}()\nmodel{part}.load_state_dict({load}{strict})'
-
-def _own_described(about, layout, backbone, reference, file, licence):
-    "As `_described`, of a network of one's own."
-    whole, needed, _ = reference
-    size, source = int(about['size']), backbone_source(about['backbone'], about['part'])
-    c, h, w = feature_shape(backbone, size)
-    return about | dict(
-        layout=layout,
-        pixcon=__version__,
-        library=f"{Path(source['file']).name}, SHA-256 {source['sha256'][:12]}",
-        map=f'{c} channels, {h} x {w} cells for an image of {size} x {size} pixels',
-        left_at_random=', '.join(_rest(whole.state_dict(), needed)) or 'nothing',
-        input=f'RGB in [0,1], minus {list(imagenet_mean)}, divided by {list(imagenet_std)}',
-        licence=licence,
-        use=_use_own(about, layout, file),
-        checked=f"names and features (to 1e-06 of the largest) of this file in {about['backbone']}")
-
-# %% ../nbs/20_export.ipynb #20-ec69f4
-def export_own(run, out, layout, encoder, licence): # as for `export_backbone`
-    "As `export_backbone`, of a run whose backbone is a network of one's own."
-    backbone, about, names = _own_ready(run, layout, encoder)
-    word = '' if layout == 'safetensors' else f'-{layout}'
-    suffix = '.safetensors' if layout == 'safetensors' else '.pth'
-    path = out/f"{about['backbone'].replace(':', '-')}-{encoder}{word}{suffix}"
-    reference = _own_reference(about, layout, list(names.values()))
-    metadata = _own_described(about, layout, backbone, reference, path.name, licence)
-    state = {names[n]: t for n, t in backbone.state_dict().items()}
-    _write_checked(path, state, layout, metadata, backbone, reference)
-    if layout == 'safetensors':
-        write_card(run, path)
-    return path
-
 # %% ../nbs/20_export.ipynb #20-60
 def _table(rows):
     return '\n'.join(['| | |', '|---|---|', *(f'| {n} | {v} |' for n, v in rows)])
@@ -652,6 +592,66 @@ def load_backbone(path, # a file that `export_backbone` or a run wrote, or a run
     match_names(given, wanted, f"{str(path)!r} is no backbone of {name}")
     net.load_state_dict({n: given[names[n]] for n in ours})
     return net
+
+# %% ../nbs/20_export.ipynb #20-4d54a6
+def _own_ready(run, layout, encoder):
+    "As `_ready`, of a network of one's own."
+    state, about = _run_weights(run, encoder)
+    name = about['backbone']
+    if layout not in ('safetensors', 'whole'):
+        raise ValueError(f"{layout!r} is no layout for {name}; possible layouts for it: safetensors, whole")
+    backbone = make_backbone(name, int(about['stride']) or None, about['part'])
+    names = list(backbone.state_dict())
+    match_names(state, backbone.state_dict(), f"the {encoder} encoder in {str(run)!r} is no {name}")
+    backbone.load_state_dict(state)
+    prefix = f"{about['part']}." if layout == 'whole' and about['part'] else ''
+    return backbone, about, {n: f'{prefix}{n}' for n in names}
+
+def _own_reference(about, layout, names): # names of the tensors in the file
+    "The network made anew, the names that the map needs, and its map as a function of the image."
+    net = own_network(about['backbone']).eval()
+    part = part_of(net, about['part'], about['backbone'], int(about['stride']) or None)
+    return net if layout == 'whole' else part, names, part
+
+# %% ../nbs/20_export.ipynb #20-9e579e
+def _use_own(about, layout, file):
+    "Lines of Python that load a file into the network's own model."
+    module, _, make = about['backbone'].partition(':')
+    part = f".{about['part']}" if about['part'] and layout != 'whole' else ''
+    load = f"torch.load('{file}', weights_only=True)" if layout == 'whole' else f"load_file('{file}')"
+    strict = ', strict=False' if layout == 'whole' and about['part'] else ''
+    return f'model = {module}.{make}()\nmodel{part}.load_state_dict({load}{strict})'
+
+def _own_described(about, layout, backbone, reference, file, licence):
+    "As `_described`, of a network of one's own."
+    whole, needed, _ = reference
+    size, source = int(about['size']), backbone_source(about['backbone'], about['part'])
+    c, h, w = feature_shape(backbone, size)
+    return about | dict(
+        layout=layout,
+        pixcon=__version__,
+        library=f"{Path(source['file']).name}, SHA-256 {source['sha256'][:12]}",
+        map=f'{c} channels, {h} x {w} cells for an image of {size} x {size} pixels',
+        left_at_random=', '.join(_rest(whole.state_dict(), needed)) or 'nothing',
+        input=f'RGB in [0,1], minus {list(imagenet_mean)}, divided by {list(imagenet_std)}',
+        licence=licence,
+        use=_use_own(about, layout, file),
+        checked=f"names and features (to 1e-06 of the largest) of this file in {about['backbone']}")
+
+# %% ../nbs/20_export.ipynb #20-ec69f4
+def export_own(run, out, layout, encoder, licence): # as for `export_backbone`
+    "As `export_backbone`, of a run whose backbone is a network of one's own."
+    backbone, about, names = _own_ready(run, layout, encoder)
+    word = '' if layout == 'safetensors' else f'-{layout}'
+    suffix = '.safetensors' if layout == 'safetensors' else '.pth'
+    path = out/f"{about['backbone'].replace(':', '-')}-{encoder}{word}{suffix}"
+    reference = _own_reference(about, layout, list(names.values()))
+    metadata = _own_described(about, layout, backbone, reference, path.name, licence)
+    state = {names[n]: t for n, t in backbone.state_dict().items()}
+    _write_checked(path, state, layout, metadata, backbone, reference)
+    if layout == 'safetensors':
+        write_card(run, path)
+    return path
 
 # %% ../nbs/20_export.ipynb #20-73
 @call_parse
