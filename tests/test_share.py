@@ -14,6 +14,7 @@ from safetensors import safe_open
 from pixcon.export import (export_onnx, from_pretrained, hub_folder, load_backbone, push_to_hub, read_about,
                            read_weights, verify_onnx)
 from test_export import features, image, make_run                 # noqa: F401
+
 ROOT = Path(__file__).parent.parent
 
 
