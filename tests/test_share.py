@@ -14,6 +14,7 @@ from safetensors import safe_open
 from pixcon.export import (export_onnx, from_pretrained, hub_folder, load_backbone, push_to_hub, read_about,
                            read_weights, verify_onnx)
 from test_export import features, image, make_run                 # noqa: F401
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -30,6 +31,8 @@ def test_folder_of_a_repository(make_run, tmp_path):
     out = hub_folder(run, tmp_path/'a'/'b', 'user/name', 'target', 'cc-by-4.0')
     assert {p.name for p in out.iterdir()} >= {'README.md', 'config.json', 'model.safetensors'}
     assert same_weights(from_pretrained(out), load_backbone(run, encoder='target'))
+    mode = (out/'README.md').stat().st_mode
+    assert (out/'model.safetensors').stat().st_mode == mode        # others may read it, too
     about = read_weights(out/'model.safetensors')[1]
     assert about['use'] == "pixcon.export.from_pretrained('user/name')" and about['encoder'] == 'target'
     config = json.loads((out/'config.json').read_text())
@@ -211,6 +214,18 @@ def test_onnx_of_a_network_that_decides_by_size(make_run, tmp_path, monkeypatch)
     monkeypatch.setattr(export, '_ready', lambda *_: (Decides(), about))
     path = export_onnx(tmp_path, tmp_path/'out')
     assert read_about(path)['sizes'] == '32 x 32 pixels only'
+
+
+def test_onnx_of_a_network_without_a_graph(make_run, tmp_path, monkeypatch):
+    "One sentence, and no folder."
+    for name in ('onnx', 'onnxscript', 'onnxruntime'):
+        pytest.importorskip(name)
+    from pixcon import export
+    def fail(*_): raise RuntimeError('what it does is no graph\nand a page of advice')
+    monkeypatch.setattr(export, '_onnx_program', fail)
+    with pytest.raises(ValueError, match="shufflenet_v2_x1_0 can't be written as ONNX: what it does is no graph$"):
+        export_onnx(make_run('shufflenet_v2_x1_0', 8, 32), tmp_path/'out')
+    assert not (tmp_path/'out').exists()
 
 
 def test_onnx_without_the_libraries(make_run, tmp_path, monkeypatch):
