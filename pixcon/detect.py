@@ -44,7 +44,7 @@ from .distributed import (device, gather_objects, main, rank, share_buffers,
 from .encoder import make_backbone
 from .model import mean_over_processes
 from .objects import encode_mask, open_objects, which_objects, write_coco
-from .run import (Run, autocast, fingerprint, loader_workers, loading, make_optimizer,
+from .run import (Run, as_dict, autocast, fingerprint, loader_workers, loading, make_optimizer,
                         precision, read_run, step_if_finite, trained_backbone, write_tensors)
 from .scenes import Scenes
 
@@ -649,11 +649,17 @@ def train_and_score(**given): # parameters of a run by name
         _run_one(Path(config.out)/name, one, train, test)
 
 # %% ../nbs/19_detect.ipynb #19-77
+def _config_of(path):
+    "The parameters that a run left, DetectConfig; ValueError with the file's name for what is none."
+    given = as_dict(path.read_bytes(), repr(str(path)))
+    try: return DetectConfig(**check(DetectConfig, given))
+    except (ValueError, TypeError) as e: raise ValueError(f'{str(path)!r} is no record of parameters: {e}') from e
+
 def load_detector(folder): # run folder of a detector that was trained to its end
     "The detector of a run, with the weights that were scored."
     path = Path(folder)/'detector.safetensors'
     if not path.is_file(): raise FileNotFoundError(f'there is no file {str(path)!r}')
-    c = DetectConfig(**json.loads((path.parent/'config.json').read_text()))
+    c = _config_of(path.parent/'config.json')
     state = load_file(path)
     classes = len(state['roi_heads.box_predictor.cls_score.bias']) - 1
     model = make_detector(make_backbone(c.backbone, c.stride or None), classes, c)

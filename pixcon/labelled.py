@@ -82,9 +82,16 @@ class LabelledImages:
         else:
             self.pairs, self.unlabelled = list(zip(images, labels, strict=True)), 0
         self.ignore = {255, *([ignore] if isinstance(ignore, int) else ignore)}
-        self.classes = classes or 1 + max(self._largest(label) for _, label in self.pairs)
+        if not self.pairs:
+            raise ValueError(f"no labelled images in {str(images)!r}")
+        if not classes:
+            largest, where = max((self._largest(label), str(label)) for _, label in self.pairs)
+        self.classes = classes or 1 + largest
         if self.classes > 255:
-            raise ValueError(f"at most 255 classes, numbered 0 to 254, got {self.classes}")
+            where = '' if classes else f": label {where!r} holds {largest}"
+            raise ValueError(f"at most 255 classes, numbered 0 to 254, got {self.classes}{where}")
+        if any(abs(code) > 2**24 for code in self.ignore):
+            raise ValueError(f"ignore must be numbers up to {2**24}, got {max(self.ignore, key=abs)}")
         self.names = list(names or map(str, range(self.classes)))
         codes = codes or {c: c for c in range(self.classes)}
         self.lowest, self.table = _code_table(codes, self.ignore)
@@ -177,8 +184,15 @@ def _voc_stems(folder, split):
     lists = {p.stem.replace('trainaug', 'train_aug'): [p] for p in folder.glob('*.txt')}
     if 'aug' in lists:
         lists.setdefault('train_aug', lists['train'] + lists['aug'])
-    text = '\n'.join(path.read_text() for path in _choose(split, lists))
-    return [Path(line.split()[0]).stem for line in text.splitlines() if line.strip()]
+    stems = []
+    for path in _choose(split, lists):
+        lines = os.fsdecode(path.read_bytes()).split('\n')             # names in any encoding
+        found = [Path(line.split()[0]).stem for line in lines if line.strip()]
+        wrong = [s for s in found if len(os.fsencode(s)) > 200 or '\0' in s]
+        if wrong: raise ValueError(f"{str(path)!r} is no list of names, it holds {wrong[0][:60]!r}")
+        stems += found
+    if not stems: raise FileNotFoundError(f"no image is named in {str(path)!r}")
+    return stems
 
 def _voc_label(root, stem):
     "The label of an image: VOC's own where there is one, otherwise SBD's."

@@ -33,7 +33,7 @@ from .distributed import (device, gather_objects, gather_tensor, local_rank, mai
 from .encoder import feature_shape, library_weights
 from .loss import default_queue, uninformed_loss
 from .model import PixCon, mean_over_processes
-from .run import (Run, append_line, autocast, fingerprint, keep_memory, loader_workers,
+from .run import (Run, append_line, as_dict, autocast, fingerprint, keep_memory, loader_workers,
                         loading, make_optimizer, precision, read_lines, step_if_finite,
                         write_tensors)
 from .scenes import Scenes, open_images
@@ -113,7 +113,10 @@ def configure(processes=1, # that will share each batch, for `hours`
 def known_epochs(out):
     "Epochs of the run in a folder, None if there is none."
     path = Path(out)/'config.json'
-    return json.loads(path.read_text())['epochs'] if path.exists() else None
+    if not path.exists(): return None
+    epochs = as_dict(path.read_bytes(), repr(str(path))).get('epochs')
+    if type(epochs) is int and epochs > 0: return epochs
+    raise ValueError(f'{str(path)!r} has epochs {str(epochs)[:60]!r}, a whole number of at least 1 was written')
 
 # %% ../nbs/12_training.ipynb #12-14
 class Batches:
@@ -482,7 +485,7 @@ def unread_file(self:Pretraining):
 def begin(self:Pretraining):
     "Makes the folder or continues from it."
     self.run.begin()
-    self.unread = {line['number']: line['why'] for line in read_lines(self.unread_file())}
+    self.unread = {line.get('number'): line.get('why') for line in read_lines(self.unread_file())}
 
 @patch
 def note_unread(self:Pretraining, parts):
