@@ -205,12 +205,13 @@ def _overheard(said): # list that gets the lines
 
 _remarked = set()                                                      # (list, file) noted by this process
 
-def read_quietly(path, remarks=None): # image file, list of remarks, None to leave them on the screen
-    "As `read_image`; what libraries say about the file is added to the list, once."
-    if not remarks: return read_image(path)
+def read_quietly(path, remarks=None, # image file, list of remarks, None to leave them on the screen
+                 read=read_image): # function of the file
+    "What reading a file gives; what libraries say about it is added to the list, once."
+    if not remarks: return read(path)
     said = []
     try:
-        with _overheard(said): return read_image(path)
+        with _overheard(said): return read(path)
     finally:
         if said and (remarks, path) not in _remarked and remarks.parent.is_dir():
             _remarked.add((remarks, path))

@@ -39,20 +39,22 @@ from torchvision.transforms import v2
 from .augment import imagenet_mean, imagenet_std
 from .config import (RunConfig, check, check_out, default_out, param, resolve,
                            variant)
-from .distributed import (device, gather_objects, main, rank, share_buffers,
+from .data import refuse_bad
+from .distributed import (device, gather_objects, main, once_a_machine, rank, share_buffers,
                                 share_norms, shared, world)
 from .encoder import make_backbone
 from .model import mean_over_processes
 from .objects import encode_mask, open_objects, which_objects, write_coco
-from .run import (Run, as_dict, autocast, fingerprint, loader_workers, loading, make_optimizer,
+from .run import (Replacing, Run, as_dict, autocast, fingerprint, loader_workers, loading, make_optimizer,
                         precision, read_run, step_if_finite, trained_backbone, write_tensors)
 from .scenes import Scenes
 
 # %% ../nbs/19_detect.ipynb #19-09
 class Draws:
     "Images and objects as a training run sees them; item p is the p-th of the run."
-    def __init__(self, data, seed=0): # Objects
+    def __init__(self, data, seed=0, out=None): # Objects, of the random draws, the run's folder
         self.data, self.seed = data, seed
+        self.items = Replacing(data, seed, out, lambda i: image_names(data)[i])
         self.flip = v2.RandomHorizontalFlip(1.)
         self.order = -1, None                                      # epoch, its permutation
     def place(self, p):
@@ -63,7 +65,7 @@ class Draws:
             self.order = epoch, rng.permutation(len(self.data))
         return int(self.order[1][k])
     def __getitem__(self, p):
-        image, target = self.data[self.place(p)]
+        image, target = self.items[self.place(p)]
         rng = np.random.default_rng((self.seed, p, 1))
         if rng.random() < .5: image, target = self.flip(image, target)
         target = {n: v.as_subclass(torch.Tensor) for n, v in target.items()}
@@ -322,7 +324,11 @@ def learn_and_score(config): # DetectConfig
     if config.labelled > len(train):
         raise ValueError('labelled must be at most the number of training images '
                          f'with objects, {len(train)}, got {config.labelled}')
-    return train.take(config.labelled, config.seed), test.take(config.test)
+    parts = train.take(config.labelled, config.seed), test.take(config.test)
+    for part, most in zip(parts, (.01, 0)):                        # no score without some of the images
+        part.bad = once_a_machine(part.scan)
+        refuse_bad(part, most)
+    return parts
 
 # %% ../nbs/19_detect.ipynb #19-40
 class ItemTransform(GeneralizedRCNNTransform):
@@ -433,7 +439,7 @@ def batches(data, config, steps): # Objects, DetectConfig, which steps
     parts = [own_items(k, config.batch) for k in steps]
     pixels = config.batch//world()*config.short*config.longest     # at most, before the masks
     how = loading(config.workers, 3*pixels)
-    return DataLoader(Draws(data, config.seed), batch_sampler=parts, collate_fn=_together, **how)
+    return DataLoader(Draws(data, config.seed, config.out), batch_sampler=parts, collate_fn=_together, **how)
 
 def to_device(images, targets, device):
     "A batch on the device, images as floats from 0 to 1."

@@ -15,7 +15,7 @@ import torchvision
 from fastcore.basics import patch
 from matplotlib.patches import Patch
 from PIL import Image
-from .data import find_images, read_image
+from .data import Unreadable, find_images, headers, read_quietly
 from .plot import show_images
 from .scenes import Scenes, scene_classes
 
@@ -26,7 +26,7 @@ def _read_codes(path):
         with Image.open(path) as file:
             mode, codes = file.mode, np.array(file)
     except Exception as e:                                         # a damaged file may raise anything
-        raise ValueError(f"cannot read label {str(path)!r}: {e}") from e
+        raise Unreadable(f"cannot read label {str(path)!r}: {e}") from e
     if codes.ndim != 2:
         raise ValueError(
             f"label {str(path)!r} is a colour picture ({mode}); "
@@ -77,6 +77,8 @@ class LabelledImages:
                  names=None, # of the classes
                  kind='pairs'): # which data set this is
         self.kind = kind
+        self.bad = {}                                                  # number of a pair to what is wrong with it
+        self.remarks = None                                            # list of what libraries say about files
         if isinstance(images, (str, os.PathLike)):
             self.pairs, self.unlabelled = _pairs_by_stem(images, labels)
         else:
@@ -98,8 +100,12 @@ class LabelledImages:
 
     def _largest(self, path):
         "The largest number in a label file that is a class, -1 if there is none."
-        numbers = set(_read_codes(path).unique().tolist())
+        try: numbers = set(_read_codes(path).unique().tolist())
+        except Unreadable: return -1                                   # `scan` or its image's turn names it
         return max(numbers - self.ignore, default=-1)
+
+    @property
+    def paths(self): return [image for image, _ in self.pairs]
 
     def __len__(self): return len(self.pairs)
 
@@ -114,7 +120,10 @@ class LabelledImages:
 def __getitem__(self:LabelledImages, i):
     "Image i and its label; raises ValueError if they don't fit."
     image_file, label_file = self.pairs[i]
-    image, label = read_image(image_file), _read_codes(label_file)
+    if i in self.bad:
+        raise Unreadable(f"cannot read {str(image_file)!r} and its label: {self.bad[i]}")
+    image = read_quietly(image_file, self.remarks)                 # (3,H,W)
+    label = read_quietly(label_file, self.remarks, _read_codes)    # (H,W)
     if image.shape[1:] != label.shape:
         raise ValueError(
             "image and label have different sizes (height, width): "
@@ -129,6 +138,16 @@ def __getitem__(self:LabelledImages, i):
             f"which is none of the {self.classes} classes; "
             f"if it means no class, say ignore={wrong[0]}")
     return image, known
+
+# %% ../nbs/15_labelled.ipynb #15-c4b440
+@patch
+def scan(self:LabelledImages):
+    "Looks at the beginning of all files; `bad` gets the pairs that can't be read. Returns it."
+    found = headers([path for pair in self.pairs for path in pair])
+    for i, what in enumerate(zip(found[::2], found[1::2])):
+        wrong = [f'{kind}: {w}' for kind, w in zip(('image', 'label'), what) if isinstance(w, str)]
+        if wrong: self.bad[i] = ', '.join(wrong)
+    return self.bad
 
 # %% ../nbs/15_labelled.ipynb #15-27
 _label_colours = np.ones((256, 3))                                 # of class 255, which is none: white

@@ -23,7 +23,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from torchvision import tv_tensors
 from torchvision.utils import draw_segmentation_masks
-from .data import read_image
+from .data import Unreadable, headers, read_quietly
 from .plot import colours, show_image
 from .scenes import scene_classes
 
@@ -244,12 +244,16 @@ class Objects:
                  outside=False): # whether file names may leave the folder
         self.images = Path(images).expanduser()
         self.masks = masks
+        self.bad = {}                                              # number of an image to what is wrong with it
+        self.remarks = None                                        # list of what libraries say about files
         self.coco = coco_index(annotations, outside)
         self.labels = {c: k + 1 for k, c in enumerate(sorted(self.coco.cats))}
         self.classes = tuple(self.coco.cats[c]['name'] for c in self.labels)
         self.ids = [i for i in sorted(self.coco.imgs) if empty or self.objects(i)]
         if masks:
             self._check_masks()
+    @property
+    def paths(self): return [self.images/self.coco.imgs[i]['file_name'] for i in self.ids]
     def __len__(self): return len(self.ids)
     def __repr__(self):
         return f"{len(self):,} images with objects of {len(self.classes)} classes from {self.images.name}"
@@ -278,7 +282,9 @@ def objects(self:Objects, image_id):
 def image(self:Objects, i): # (3,H,W)
     "Image i, of the size that its annotation says."
     info = self.coco.imgs[self.ids[i]]
-    x = read_image(self.images/info['file_name'])                  # (3,H,W)
+    if i in self.bad:
+        raise Unreadable(f"cannot read image {info['file_name']!r}: {self.bad[i]}")
+    x = read_quietly(self.images/info['file_name'], self.remarks)  # (3,H,W)
     size = info['height'], info['width']
     if x.shape[1:] != size:
         raise ValueError(
@@ -302,6 +308,13 @@ def __getitem__(self:Objects, i): # image (3,H,W), and boxes (n,4), labels (n,),
         target['masks'] = tv_tensors.Mask(masks.reshape(-1, *size))  # (n,H,W)
     return tv_tensors.Image(image), target
 
+# %% ../nbs/18_objects.ipynb #18-c48775
+@patch
+def scan(self:Objects):
+    "Looks at the beginning of all images; `bad` gets those that can't be read. Returns it."
+    self.bad = {i: w for i, w in enumerate(headers(self.paths)) if isinstance(w, str)}
+    return self.bad
+
 # %% ../nbs/18_objects.ipynb #18-33
 @patch
 def take(self:Objects,
@@ -310,7 +323,7 @@ def take(self:Objects,
     "The same with n images drawn at random."
     chosen = np.random.default_rng(seed).permutation(len(self))[:n or None]
     some = copy.copy(self)
-    some.ids = [self.ids[i] for i in sorted(chosen)]
+    some.ids, some.bad = [self.ids[i] for i in sorted(chosen)], {}
     return some
 
 # %% ../nbs/18_objects.ipynb #18-36

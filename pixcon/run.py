@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FORMAT', 'write_checkpoint', 'write_tensors', 'load_pth', 'read_file', 'append_line', 'as_dict', 'read_lines',
            'read_log', 'precision', 'autocast', 'loader_workers', 'loading', 'keep_memory', 'make_optimizer',
-           'step_if_finite', 'load_optimizer', 'Run', 'check_format', 'cut_lines', 'fingerprint', 'read_run',
-           'trained_backbone']
+           'step_if_finite', 'load_optimizer', 'Run', 'check_format', 'cut_lines', 'fingerprint', 'Replacing',
+           'read_run', 'trained_backbone']
 
 # %% ../nbs/10_run.ipynb #10-02
 import ctypes
@@ -24,6 +24,7 @@ import torch
 from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from .data import Unreadable, readable
 from .encoder import kept_weights, library_weights, make_backbone
 
 # %% ../nbs/10_run.ipynb #10-07
@@ -427,6 +428,34 @@ def fingerprint(names): # file names in order
     "How many images, and a hash of their names."
     digest = hashlib.sha256(os.fsencode('\n'.join(names))).hexdigest()
     return f'{len(names)} images {digest[:12]}'
+
+# %% ../nbs/10_run.ipynb #10-05eaa9
+class Replacing:
+    "Items of a data set; in the place of one that can't be read comes another, and the run lists it."
+    def __init__(self, data, seed, # with a length, of the random draws
+                 out=None, # folder of the run, None for no list
+                 name=str): # function from a number to what that item is called
+        self.data, self.seed, self.name = data, seed, name
+        self.out, self.noted = out and Path(out), set()
+        whole = getattr(data, 'dataset', data)                     # of a Subset
+        if out and hasattr(whole, 'remarks'): whole.remarks = self.out/'remarks.txt'
+    def __getitem__(self, i):
+        item, used = readable(self.data, i, (self.seed, i, 3), Unreadable)
+        if used != i and i not in self.noted and self.out and self.out.is_dir(): self.note(i)
+        return item
+    def note(self, i):
+        "Lists item i; raises ValueError when more than 1 % of all are listed, by all processes."
+        self.noted.add(i)
+        path = self.out/'unread.jsonl'
+        listed = {line.get('number'): line.get('why') for line in read_lines(path)}
+        try: self.data[i]
+        except Unreadable as e: why = str(e)
+        if i not in listed: append_line(path, dict(image=self.name(i), number=i, why=why, step=0))
+        listed[i] = why
+        if len(listed) <= .01*len(self.data): return
+        names = '\n'.join(list(listed.values())[:20])
+        raise ValueError(f"{len(listed)} of {len(self.data)} items can't be read, more than 1%:\n{names}\n"
+                         'Mend them or take them out')
 
 # %% ../nbs/10_run.ipynb #10-56
 def _check_network(config, path):

@@ -35,13 +35,14 @@ from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.transforms import v2
 from .augment import imagenet_mean, imagenet_std
 from .config import RunConfig, check, check_out, default_out, param, resolve, variant
-from .distributed import (device, gather_objects, main, rank, share_buffers, shared,
-                                sum_over_processes, world)
+from .data import refuse_bad
+from .distributed import (device, gather_objects, main, once_a_machine, rank,
+                                share_buffers, shared, sum_over_processes, world)
 from .encoder import feature_shape, make_backbone
 from .labelled import open_labelled, which_labelled
 from .model import mean_over_processes
 from .probe import scores
-from .run import (Run, autocast, fingerprint, keep_memory, loader_workers, loading,
+from .run import (Replacing, Run, autocast, fingerprint, keep_memory, loader_workers, loading,
                         make_optimizer, precision, read_file, read_run, step_if_finite,
                         trained_backbone)
 
@@ -149,6 +150,14 @@ def _few(data, n, seed):
                          f'{len(data)}, got {n}')
     drawn = np.random.default_rng(seed).permutation(len(data))[:n].tolist()
     return Subset(data, drawn) if n else data
+
+def _scanned(data, most): # labelled images, largest fraction of damaged ones
+    "The data after a look at the beginning of their files; ValueError if too many are damaged."
+    if hasattr(data, 'scan'):
+        data.bad = once_a_machine(data.scan)
+        refuse_bad(data, most)
+    return data
+
 def _open(config, split, n):
     "The labelled images of a split; n is how many built-in scenes are drawn."
     classes = config.classes or None
@@ -166,10 +175,10 @@ def configure_segment(**given): # parameters by name, None for those not given
     config.compare = config.compare and bool(config.checkpoint)
     config.out = config.out or default_out(_run_name(config))
     check_out(config.out)
-    train = _open(config, config.train_split, config.labelled or 200)
+    train = _scanned(_open(config, config.train_split, config.labelled or 200), .01)
     config.classes = train.classes
     train = _few(train, config.labelled, config.seed)
-    val = _open(config, config.val_split, config.test or 100)
+    val = _scanned(_open(config, config.val_split, config.test or 100), 0)
     return config, train, val
 
 # %% ../nbs/17_segment.ipynb #17-19
@@ -207,6 +216,7 @@ class Augmented:
     def __init__(self, data, # items (image, label) as those of `LabelledImages`
                  config): # SegmentConfig
         self.data, self.seed = data, config.seed
+        self.items = Replacing(data, config.seed, config.out, lambda i: image_name(data, i))
         self.augment = make_augmentation(config)
         self.epoch = -1                                            # whose order is known
     def index(self, p):
@@ -220,7 +230,7 @@ class Augmented:
     def __getitem__(self, p):
         state = torch.get_rng_state()
         with one_thread():
-            image, label = self.data[self.index(p)]
+            image, label = self.items[self.index(p)]
             torch.default_generator.manual_seed(step_seed(self.seed, p))
             image, label = self.augment(tv_tensors.Image(image), tv_tensors.Mask(label))
         torch.set_rng_state(state)
