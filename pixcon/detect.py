@@ -207,7 +207,7 @@ class DetectConfig(RunConfig):
     recipe: str = param('auto', "'1x', '2x', 'VOC', 'small', or 'auto' for the one of the data",
                         ('auto', '1x', '2x', 'VOC', 'small'))
     compare: bool = param(False, 'the same from random weights, too, recipe small does')
-    seed: int = param(0, 'of heads, order and flips, and of built-in scenes', least=0)
+    seed: int = param(0, 'of heads, order and flips, and of built-in scenes', least=0, most=2**42)
     backbone: str = param('resnet50', 'torchvision or timm model, a checkpoint has its own')
     stride: int = param(0, 'pixels per cell, 0 for its last map, a checkpoint has its own', least=0)
     masks: bool = param(True, 'Mask R-CNN, off for Faster R-CNN')

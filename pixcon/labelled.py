@@ -98,12 +98,6 @@ class LabelledImages:
         codes = codes or {c: c for c in range(self.classes)}
         self.lowest, self.table = _code_table(codes, self.ignore)
 
-    def _largest(self, path):
-        "The largest number in a label file that is a class, -1 if there is none."
-        try: numbers = set(_read_codes(path).unique().tolist())
-        except Unreadable: return -1                                   # `scan` or its image's turn names it
-        return max(numbers - self.ignore, default=-1)
-
     @property
     def paths(self): return [image for image, _ in self.pairs]
 
@@ -114,6 +108,14 @@ class LabelledImages:
         if self.unlabelled:
             about += f", {self.unlabelled:,} images without a label left out"
         return f"{len(self):,} labelled images ({about})"
+
+# %% ../nbs/15_labelled.ipynb #15-fd564e
+@patch
+def _largest(self:LabelledImages, path):
+    "The largest number in a label file that is a class, -1 if there is none."
+    try: numbers = set(_read_codes(path).unique().tolist())
+    except Unreadable: return -1                                   # `scan` or its image's turn names it
+    return max(numbers - self.ignore, default=-1)
 
 # %% ../nbs/15_labelled.ipynb #15-22
 @patch

@@ -72,7 +72,7 @@ class SegmentConfig(RunConfig):
     recipe: str = param('auto', "its name, 'auto' for the one of the data",
                         ('auto', 'voc12aug', 'cityscapes', 'ade20k', 'small'))
     compare: bool = param(False, 'the same again from random weights, in out/random')
-    seed: int = param(0, 'of the head, the order and the augmentation', least=0)
+    seed: int = param(0, 'of the head, the order and the augmentation', least=0, most=2**42)
     backbone: str = param('resnet50', 'name of a torchvision or timm model')
     stride: int = param(0, "pixels per cell, 0 for the network's own last map", least=0)
     output_stride: int = param(8, 'pixels per cell wanted, by dilation', least=1)

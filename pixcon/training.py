@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ema_momentum', 'learning_rate', 'configure', 'known_epochs', 'Batches', 'Pretraining', 'build_model', 'compiles',
-           'enqueued_view', 'kept_by_forward', 'memory', 'free_memory', 'too_large', 'out_of_memory', 'cached', 'drawn',
-           'item_bytes', 'seconds_per_step', 'epochs_in_hours', 'pretrain']
+           'enqueued_view', 'kept_by_forward', 'memory', 'free_memory', 'too_large', 'out_of_memory',
+           'refuse_too_large', 'cached', 'drawn', 'item_bytes', 'seconds_per_step', 'epochs_in_hours', 'pretrain']
 
 # %% ../nbs/12_training.ipynb #12-02
 import copy
@@ -19,6 +19,7 @@ import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -99,6 +100,7 @@ def configure(processes=1, # that will share each batch, for `hours`
     if c.batch > len(images):
         n = len(images)
         raise ValueError(f'batch must be at most the number of images, {n}, got {c.batch}')
+    refuse_too_large(c, images)
     c.out = c.out or default_out(_run_name(c, images))
     check_out(c.out)
     if hasattr(images, 'bad'):
@@ -162,6 +164,7 @@ class Pretraining:
         self.scaler = torch.amp.GradScaler(self.device, enabled=self.dtype == torch.float16)
         self.photometric = Photometric(sigma=(.1, config.blur_sigma)).to(self.device)
         parts = dict(model=self.model, optimizer=self.optimizer, scaler=self.scaler)
+        if hasattr(images, 'remarks'): images.remarks = Path(config.out)/'remarks.txt'
         identity = dict(images=fingerprint(self.names()))
         self.run = Run(config, parts, total, identity, _may_differ,
                        config.save_epochs*self.steps_per_epoch, rank(), gather_objects)
@@ -290,10 +293,10 @@ def kept_by_forward(training, images=2):
     "Bytes that a forward pass of the online encoder keeps for its backward pass, weights left out."
     size = training.config.size
     encoder, kept = copy.deepcopy(training.model.online), {}
-    own = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
+    own = {p.untyped_storage()._cdata for p in encoder.parameters()}  # on meta there is no data_ptr
     def keep(t):
         storage = t.untyped_storage()
-        if storage.data_ptr() not in own: kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in own: kept[storage._cdata] = storage.nbytes()
         return t
     blank = torch.zeros(images, 3, size, size, device=training.device)
     keeping = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
@@ -338,6 +341,34 @@ def out_of_memory(training, processes=1):
     n = training.config.accumulate
     usual = f'a step does not fit into the memory: try accumulate {2*n}'
     return too_large(training, processes) or usual
+
+# %% ../nbs/12_training.ipynb #12-0cd945
+def _estimate(c): # PretrainConfig
+    "Bytes that the smallest part of a step takes, two images, without taking them; 0 where a model can't tell."
+    try:
+        with torch.device('meta'): model = build_model(c)
+        held, image = memory(SimpleNamespace(config=c, model=model, device='meta', dtype=None))
+        if precision(c.amp, device()): image /= 2
+    except Exception: return 0                                     # it is made, and complains, later
+    return held + 2*image
+
+_small = dict(queue=1024, hidden=256, dim=64, size=64)
+
+def refuse_too_large(c, images, room=None): # PretrainConfig, bytes there are, None for what is free
+    "Raises ValueError for sizes that fit with no `accumulate`, with the number of bytes they would need."
+    where, free = device(), room or free_memory('cpu') or math.inf
+    scenes = isinstance(images, Scenes)
+    needs = dict(scene_size=scenes*250*c.scene_size**2, scenes=scenes*16*c.scenes)
+    name = max(needs, key=needs.get)
+    need = needs[name]
+    if need <= free and 8*c.queue*c.dim + 64*c.hidden*c.dim + 48*c.size**2 > 5e7:
+        need, free = _estimate(c), room or free_memory(where) or math.inf
+        if need > free:
+            least = {n: _estimate(replace(c, **{n: v})) for n, v in _small.items()}
+            name = min(least, key=least.get)
+    if need <= free: return
+    raise ValueError(f'{need/1e9:,.1f} GB would be needed and {free/1e9:,.1f} GB of {where} memory are free: '
+                     f'lower {name}, got {getattr(c, name)}')
 
 # %% ../nbs/12_training.ipynb #12-40
 @patch
