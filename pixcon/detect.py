@@ -12,6 +12,7 @@ __all__ = ['DETECT_RECIPES', 'Draws', 'average_precision', 'stage_maps', 'Pyrami
 # %% ../nbs/19_detect.ipynb #19-02
 import io
 import json
+import os
 import time
 from collections import OrderedDict
 from contextlib import redirect_stdout
@@ -39,7 +40,7 @@ from torchvision.transforms import v2
 from .augment import imagenet_mean, imagenet_std
 from .config import (RunConfig, check, check_out, default_out, param, resolve,
                            variant)
-from .data import refuse_bad
+from .data import refuse_bad, told
 from .distributed import (device, gather_objects, main, once_a_machine, rank, share_buffers,
                                 share_norms, shared, world)
 from .encoder import make_backbone
@@ -275,7 +276,7 @@ def _of_checkpoint(given):
 
 def _default_folder(c):
     "Folder of a run: runs/detect-DATA-CHECKPOINT-seedN."
-    def last(path): return Path(path).expanduser().resolve().name
+    def last(path): return os.fsencode(Path(path).expanduser().resolve().name).decode(errors='replace')
     weights = last(c.checkpoint) if c.checkpoint else 'random'
     return default_out(f'detect-{last(c.data)}-{weights}-seed{c.seed}')
 
@@ -639,7 +640,7 @@ def _run_one(path, config, train, test):
     "Trains and scores one detector."
     model = build_detector(config, len(test.classes)).to(device())
     if rank() == 0:
-        origin = config.checkpoint or 'random weights'
+        origin = told(config.checkpoint) if config.checkpoint else 'random weights'
         print(f'from {origin}: {train}, {world()} x {device()}', flush=True)
     seconds = fine_tune(model, train, config)[-1]['seconds']
     begun = time.time()

@@ -22,6 +22,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from . import __version__
 from .augment import imagenet_mean, imagenet_std
 from .scenes import Scenes
+from .data import told
 from .encoder import feature_shape, make_backbone
 from .plot import show_curves
 from .config import RECIPES, PretrainConfig, variant
@@ -30,7 +31,7 @@ from .run import load_pth, read_file, read_log, read_run, write_tensors
 # %% ../nbs/20_export.ipynb #20-16
 def _public(config): # parameters of a run
     "The parameters without what only concerns the machine: of paths the last part stays."
-    names = [Path(p).name or p for p in config['data'].split(os.pathsep)]
+    names = [told(Path(p).name or p) for p in config['data'].split(os.pathsep)]
     kept = {n: v for n, v in config.items() if n != 'out'}
     return kept | dict(data=os.pathsep.join(names))
 

@@ -340,5 +340,11 @@ def open_labelled(data='scenes', # 'scenes' or a folder, which may follow a name
     "Opens a labelled data set by its folders' layout or by name."
     kind, root = which_labelled(data)
     if kind == 'scenes':
-        return LabelledScenes(split, n, size)
-    return _readers[kind](root, split, classes=classes, ignore=ignore)
+        if ignore not in ((), 255):
+            raise ValueError(f"ignore is for files, the built-in scenes have a class everywhere, got {ignore}")
+        data = LabelledScenes(split, n, size)
+    else:
+        data = _readers[kind](root, split, classes=classes, ignore=ignore)
+    if classes in (None, data.classes):
+        return data
+    raise ValueError(f"classes is for folders of pairs, {data.kind} has {data.classes}, got {classes}")

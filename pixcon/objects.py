@@ -23,7 +23,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from torchvision import tv_tensors
 from torchvision.utils import draw_segmentation_masks
-from .data import Unreadable, headers, read_quietly
+from .data import Unreadable, headers, read_quietly, told
 from .plot import colours, show_image
 from .scenes import scene_classes
 
@@ -256,7 +256,7 @@ class Objects:
     def paths(self): return [self.images/self.coco.imgs[i]['file_name'] for i in self.ids]
     def __len__(self): return len(self.ids)
     def __repr__(self):
-        return f"{len(self):,} images with objects of {len(self.classes)} classes from {self.images.name}"
+        return f"{len(self):,} images with objects of {len(self.classes)} classes from {told(self.images.name)}"
     def _check_masks(self):
         "Refuses objects without a mask."
         bare = [a for i in self.ids for a in self.objects(i) if not a.get('segmentation')]

@@ -25,6 +25,7 @@ from sklearn.linear_model import LogisticRegression
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 from .augment import imagenet_mean, imagenet_std
+from .data import told
 from .model import effective_rank
 from .plot import show_boxes
 from .run import as_dict
@@ -536,7 +537,7 @@ _not_compared = {'seed', 'checkpoint', 'compare', 'data', 'out', 'workers', 'pro
 def _task(result):
     "Task and data of a result in words."
     data = result['data'].rstrip('/').split(':')[-1]
-    return f"{result['task']} {Path(data).name or result['data']}"
+    return f"{result['task']} {told(Path(data).name or result['data'])}"
 
 def _task_with_settings(result, results):
     "The same, followed by the settings that differ between the results of this task."

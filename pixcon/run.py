@@ -24,7 +24,7 @@ import torch
 from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from .data import Unreadable, readable
+from .data import Unreadable, readable, told
 from .encoder import kept_weights, library_weights, make_backbone
 
 # %% ../nbs/10_run.ipynb #10-07
@@ -295,7 +295,7 @@ def begin(self:Run):
     self.since = self.step, time.time()
     self.statistics = [b.clone() for b in self.running()]
     if self.rank: return
-    if state: print(f'continuing {self.out} at step {self.step} of {self.total}', flush=True)
+    if state: print(f'continuing {told(self.out)} at step {self.step} of {self.total}', flush=True)
     else:
         for path in self.out.glob('*.jsonl'): path.unlink()
     (self.out/'config.json').write_text(json.dumps(asdict(self.config), indent=1))

@@ -13,6 +13,7 @@ __all__ = ['SEGMENT_RECIPES', 'paint', 'class_legend', 'SegmentConfig', 'segment
 # %% ../nbs/17_segment.ipynb #17-02
 import json
 import math
+import os
 import time
 import warnings
 from collections import OrderedDict
@@ -35,7 +36,7 @@ from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.transforms import v2
 from .augment import imagenet_mean, imagenet_std
 from .config import RunConfig, check, check_out, default_out, param, resolve, variant
-from .data import refuse_bad
+from .data import refuse_bad, told
 from .distributed import (device, gather_objects, main, once_a_machine, rank,
                                 share_buffers, shared, sum_over_processes, world)
 from .encoder import feature_shape, make_backbone
@@ -138,7 +139,7 @@ def _take_backbone(config, given):
 
 def _run_name(config):
     "What a run folder is called if no name is given."
-    last = lambda path: Path(path).expanduser().resolve().name
+    last = lambda path: os.fsencode(Path(path).expanduser().resolve().name).decode(errors='replace')
     data = last(config.data.split(':')[-1])
     weights = last(config.checkpoint) if config.checkpoint else 'random'
     return f'segment-{data}-{weights}-seed{config.seed}'
@@ -526,7 +527,7 @@ def run_and_score(name, config, train, val): # of the weights, SegmentConfig, la
     "One run to its end and its score, left in result.json."
     if rank() == 0:
         print(f'from {name} weights: {config.iterations} steps of {config.batch} crops, '
-              f'{len(train):,} images, on {world()} x {device()}; run folder {config.out}', flush=True)
+              f'{len(train):,} images, on {world()} x {device()}; run folder {told(config.out)}', flush=True)
     model = make_segmenter(config, val.classes).to(device())
     log = fine_tune(model, train, config)
     begun = time.time()

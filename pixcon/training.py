@@ -28,7 +28,7 @@ from .augment import (FileViews, Photometric, Resident, TwoViews, collate_files,
                             cut_files)
 from .config import (RECIPES, PretrainConfig, check, check_out, default_out, resolve,
                            variant)
-from .data import Cached, device_decoder, refuse_bad, scan
+from .data import Cached, device_decoder, refuse_bad, scan, told
 from .distributed import (device, gather_objects, gather_tensor, local_rank, main,
                                 once_a_machine, rank, shared, world)
 from .encoder import feature_shape, library_weights
@@ -60,7 +60,7 @@ _rates = dict(sgd=dict(lr=.4, weight_decay=1e-4), adamw=dict(lr=1e-3, weight_dec
 def _run_name(c, images):
     "Data, variant, epochs and seed as the name of a folder."
     last = c.data.rstrip(os.sep).split(os.pathsep)[0]
-    data = Path(last).name.replace('*', '') or 'images'
+    data = os.fsencode(Path(last).name.replace('*', '')).decode(errors='replace') or 'images'
     if isinstance(images, Scenes): data = 'scenes'
     usual = c.dense_start == RECIPES[c.recipe].get('dense_start', 0.) or not c.dense_weight
     late = '' if usual else f'-from{c.dense_start:g}'
@@ -502,7 +502,7 @@ def finish(self:Pretraining):
     if rank(): return
     weights = library_weights(self.model.online.backbone, self.config.backbone)
     weights = {n: t.contiguous().cpu() for n, t in weights.items()}
-    about = {n: str(v) for n, v in asdict(self.config).items()}
+    about = {n: told(str(v)) for n, v in asdict(self.config).items()}
     about |= dict(step=str(self.run.step), encoder='online', config=json.dumps(asdict(self.config)))
     write_tensors(self.run.out/'backbone.safetensors', weights, about)
 
@@ -573,7 +573,7 @@ def pretrain(**given): # parameters by name
     run = training.run
     if rank() == 0:
         print(f'{training.images}; {run.total} steps of {training.config.batch} images '
-              f'on {world()} x {training.device}; run folder {run.out}', flush=True)
+              f'on {world()} x {training.device}; run folder {told(run.out)}', flush=True)
     return training.fit()
 
 # %% ../nbs/12_training.ipynb #12-73
