@@ -46,8 +46,8 @@ from .distributed import (device, gather_objects, main, once_a_machine, rank, sh
 from .encoder import make_backbone
 from .model import mean_over_processes
 from .objects import encode_mask, open_objects, which_objects, write_coco
-from .run import (Replacing, Run, as_dict, autocast, fingerprint, loader_workers, loading, make_optimizer,
-                        precision, read_run, step_if_finite, trained_backbone, write_tensors)
+from .run import (Replacing, Run, as_dict, autocast, fingerprint, loader_workers,
+                        loading, make_optimizer, precision, read_run, step_if_finite, trained_backbone, write_tensors)
 from .scenes import Scenes
 
 # %% ../nbs/19_detect.ipynb #19-09
@@ -276,7 +276,9 @@ def _of_checkpoint(given):
 
 def _default_folder(c):
     "Folder of a run: runs/detect-DATA-CHECKPOINT-seedN."
-    def last(path): return os.fsencode(Path(path).expanduser().resolve().name).decode(errors='replace')
+    def last(path):
+        name = Path(path).expanduser().resolve().name
+        return os.fsencode(name).decode(errors='replace')
     weights = last(c.checkpoint) if c.checkpoint else 'random'
     return default_out(f'detect-{last(c.data)}-{weights}-seed{c.seed}')
 
@@ -440,7 +442,8 @@ def batches(data, config, steps): # Objects, DetectConfig, which steps
     parts = [own_items(k, config.batch) for k in steps]
     pixels = config.batch//world()*config.short*config.longest     # at most, before the masks
     how = loading(config.workers, 3*pixels)
-    return DataLoader(Draws(data, config.seed, config.out), batch_sampler=parts, collate_fn=_together, **how)
+    draws = Draws(data, config.seed, config.out)
+    return DataLoader(draws, batch_sampler=parts, collate_fn=_together, **how)
 
 def to_device(images, targets, device):
     "A batch on the device, images as floats from 0 to 1."
@@ -657,10 +660,11 @@ def train_and_score(**given): # parameters of a run by name
 
 # %% ../nbs/19_detect.ipynb #19-77
 def _config_of(path):
-    "The parameters that a run left, DetectConfig; ValueError with the file's name for what is none."
+    "The parameters that a run left, DetectConfig; ValueError with the file's name."
     given = as_dict(path.read_bytes(), repr(str(path)))
     try: return DetectConfig(**check(DetectConfig, given))
-    except (ValueError, TypeError) as e: raise ValueError(f'{str(path)!r} is no record of parameters: {e}') from e
+    except (ValueError, TypeError) as e:
+        raise ValueError(f'{str(path)!r} is no record of parameters: {e}') from e
 
 def load_detector(folder): # run folder of a detector that was trained to its end
     "The detector of a run, with the weights that were scored."

@@ -353,7 +353,8 @@ def mean_colour(stride): # side of a cell in pixels
 def _box(corners, where): # left, top, right, bottom, who has them
     "The box as (top, left, height, width)."
     if not isinstance(corners, list) or len(corners) != 4:
-        raise ValueError(f"a box in {where} must be left, top, right, bottom, got {str(corners)[:60]}")
+        raise ValueError(f"a box in {where} must be left, top, right, bottom, "
+                         f"got {str(corners)[:60]}")
     left, top, right, bottom = _rows([corners], 4, f"a box in {where}")[0].tolist()
     return top, left, bottom - top, right - left
 
@@ -403,7 +404,9 @@ def _spair(root, split):
         p = _read_json(path)
         _need(p, _spair_names, repr(str(path)))
         strange = [n for n in ('src_imname', 'trg_imname', 'category') if not isinstance(p[n], str)]
-        if strange: raise ValueError(f"{strange[0]} in {str(path)!r} is {str(p[strange[0]])[:60]}, no text")
+        if strange:
+            value = str(p[strange[0]])[:60]
+            raise ValueError(f"{strange[0]} in {str(path)!r} is {value}, no text")
         points = [_rows(p[n], 2, f"{n} in {str(path)!r}").flip(1)
                   for n in ('src_kps', 'trg_kps')]                 # (n,2) each
         if not any(len(x) for x in points):
@@ -411,7 +414,8 @@ def _spair(root, split):
             continue
         photos = root/'JPEGImages'/p['category']
         source, target = photos/p['src_imname'], photos/p['trg_imname']
-        pairs.append(Pair(source, target, *points, _box(p['trg_bndbox'], repr(str(path))), p['category']))
+        box = _box(p['trg_bndbox'], repr(str(path)))
+        pairs.append(Pair(source, target, *points, box, p['category']))
     return KeypointPairs(pairs, 'SPair-71k', left_out)
 
 # %% ../nbs/21_keypoints.ipynb #21-59

@@ -347,4 +347,5 @@ def open_labelled(data='scenes', # 'scenes' or a folder, which may follow a name
         data = _readers[kind](root, split, classes=classes, ignore=ignore)
     if classes in (None, data.classes):
         return data
-    raise ValueError(f"classes is for folders of pairs, {data.kind} has {data.classes}, got {classes}")
+    raise ValueError(
+        f"classes is for folders of pairs, {data.kind} has {data.classes}, got {classes}")

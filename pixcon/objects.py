@@ -256,7 +256,8 @@ class Objects:
     def paths(self): return [self.images/self.coco.imgs[i]['file_name'] for i in self.ids]
     def __len__(self): return len(self.ids)
     def __repr__(self):
-        return f"{len(self):,} images with objects of {len(self.classes)} classes from {told(self.images.name)}"
+        where = told(self.images.name)
+        return f"{len(self):,} images with objects of {len(self.classes)} classes from {where}"
     def _check_masks(self):
         "Refuses objects without a mask."
         bare = [a for i in self.ids for a in self.objects(i) if not a.get('segmentation')]
@@ -367,7 +368,7 @@ voc_classes = (
     'train', 'tvmonitor')
 
 def _voc_objects(path, image_id):
-    "Size of an image and its objects, from one XML file; ValueError with its name for what is none."
+    "Size of an image and its objects, from one XML file; ValueError with its name."
     try:
         return _voc_entries(ElementTree.parse(path).getroot(), image_id)
     except (ElementTree.ParseError, ValueError, TypeError, OverflowError) as e:

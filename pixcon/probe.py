@@ -498,10 +498,14 @@ def feature_health(f, # (n,C) or (n,C,h,w)
 def _read_result(path):
     "One result file as a dict; raises ValueError if it is none."
     result = as_dict(path.read_bytes(), f"{str(path)!r} is no result: it")
-    kinds = dict(task=str, data=str, variant=str, seed=int, epochs=(int, type(None)), settings=(dict, type(None)))
-    for name, kind in (kinds | {n: (int, float, type(None)) for n in score_names}).items():
-        if name not in result and name in ('task', 'data', 'variant', 'seed'):
-            raise ValueError(f"{str(path)!r} is no result: it has no {name}")
+    kinds = dict(task=str, data=str, variant=str, seed=int)
+    missing = sorted(kinds.keys() - result.keys())
+    if missing:
+        raise ValueError(f"{str(path)!r} is no result: it has no {', '.join(missing)}")
+    none = type(None)
+    kinds |= dict(epochs=(int, none), settings=(dict, none))
+    kinds |= {name: (int, float, none) for name in score_names}
+    for name, kind in kinds.items():
         if name in result and not isinstance(result[name], kind):
             raise ValueError(f"{str(path)!r} is no result: its {name} is {str(result[name])[:60]!r}")
     return result

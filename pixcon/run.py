@@ -82,7 +82,7 @@ def as_dict(text, where): # JSON as str or bytes, what to call it
     raise ValueError(f'{where} holds {str(content)[:60]!r} and no names with values')
 
 def read_lines(path):
-    "The whole lines of a file as a list of dicts, empty if there is no file; ValueError for what is none."
+    "The whole lines of a file as dicts, a list, empty if there is no file; ValueError for what is none."
     lines, found = path.read_bytes().splitlines(keepends=True) if path.exists() else [], []
     for k, text in enumerate(lines, 1):
         if not text.endswith(b'\n'): continue
@@ -233,7 +233,8 @@ def check_format(path, state):
     if absent:
         raise ValueError(f"{str(path)!r} is no checkpoint of a run: it has no {', '.join(absent)}")
     wrong = [n for n, kind in kinds.items() if n in state and not isinstance(state[n], kind)]
-    if wrong: raise ValueError(f'{str(path)!r} is damaged: its {wrong[0]} is {str(state[wrong[0]])[:60]!r}')
+    if wrong:
+        raise ValueError(f'{str(path)!r} is damaged: its {wrong[0]} is {str(state[wrong[0]])[:60]!r}')
 
 @patch
 def newest(self:Run):
@@ -431,7 +432,7 @@ def fingerprint(names): # file names in order
 
 # %% ../nbs/10_run.ipynb #10-05eaa9
 class Replacing:
-    "Items of a data set; in the place of one that can't be read comes another, and the run lists it."
+    "Items of a data set; in the place of one that can't be read comes another, and it is listed."
     def __init__(self, data, seed, # with a length, of the random draws
                  out=None, # folder of the run, None for no list
                  name=str): # function from a number to what that item is called
@@ -454,8 +455,8 @@ class Replacing:
         listed[i] = why
         if len(listed) <= .01*len(self.data): return
         names = '\n'.join(list(listed.values())[:20])
-        raise ValueError(f"{len(listed)} of {len(self.data)} items can't be read, more than 1%:\n{names}\n"
-                         'Mend them or take them out')
+        raise ValueError(f"{len(listed)} of {len(self.data)} items can't be read, more than 1%:\n"
+                         f'{names}\nMend them or take them out')
 
 # %% ../nbs/10_run.ipynb #10-56
 def _check_network(config, path):
@@ -473,7 +474,8 @@ def _read_small(path, encoder):
         raise ValueError(f'{str(path)!r} does not say of which run it is: give a file that pixcon wrote')
     if about['encoder'] != encoder:
         raise ValueError(f"{str(path)!r} holds the {about['encoder']} encoder, not the {encoder} one")
-    if not about['step'].isdecimal(): raise ValueError(f"{str(path)!r} is damaged: its step is {about['step'][:60]!r}")
+    if not about['step'].isdecimal():
+        raise ValueError(f"{str(path)!r} is damaged: its step is {about['step'][:60]!r}")
     config = as_dict(about['config'], f'the record of parameters in {str(path)!r}')
     _check_network(config, path)
     return state, config, int(about['step'])
@@ -505,7 +507,8 @@ def trained_backbone(run, # run folder of train.ipynb, its .safetensors file, or
     Raises ValueError if a weight does not fit."""
     state, config, _ = read_run(run, encoder)
     try: backbone = make(config['backbone'], config['stride'] or None)
-    except ValueError as e: raise ValueError(f'the backbone of {str(run)!r} can not be made: {e}') from e
+    except ValueError as e:
+        raise ValueError(f'the backbone of {str(run)!r} can not be made: {e}') from e
     own = backbone.state_dict()
     if own.keys() != state.keys():
         names = dict(zip(library_weights(backbone, config['backbone']), own))

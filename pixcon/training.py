@@ -118,7 +118,8 @@ def known_epochs(out):
     if not path.exists(): return None
     epochs = as_dict(path.read_bytes(), repr(str(path))).get('epochs')
     if type(epochs) is int and epochs > 0: return epochs
-    raise ValueError(f'{str(path)!r} has epochs {str(epochs)[:60]!r}, a whole number of at least 1 was written')
+    raise ValueError(f'{str(path)!r} has epochs {str(epochs)[:60]!r}, '
+                     'a whole number of at least 1 was written')
 
 # %% ../nbs/12_training.ipynb #12-14
 class Batches:
@@ -344,7 +345,7 @@ def out_of_memory(training, processes=1):
 
 # %% ../nbs/12_training.ipynb #12-0cd945
 def _estimate(c): # PretrainConfig
-    "Bytes that the smallest part of a step takes, two images, without taking them; 0 where a model can't tell."
+    "Bytes that a part of a step of two images would take; 0 where a model can't tell."
     try:
         with torch.device('meta'): model = build_model(c)
         held, image = memory(SimpleNamespace(config=c, model=model, device='meta', dtype=None))
@@ -355,7 +356,7 @@ def _estimate(c): # PretrainConfig
 _small = dict(queue=1024, hidden=256, dim=64, size=64)
 
 def refuse_too_large(c, images, room=None): # PretrainConfig, bytes there are, None for what is free
-    "Raises ValueError for sizes that fit with no `accumulate`, with the number of bytes they would need."
+    "Raises ValueError for sizes that fit with no `accumulate`, and says how much they need."
     where, free = device(), room or free_memory('cpu') or math.inf
     scenes = isinstance(images, Scenes)
     needs = dict(scene_size=scenes*250*c.scene_size**2, scenes=scenes*16*c.scenes)
@@ -367,8 +368,8 @@ def refuse_too_large(c, images, room=None): # PretrainConfig, bytes there are, N
             least = {n: _estimate(replace(c, **{n: v})) for n, v in _small.items()}
             name = min(least, key=least.get)
     if need <= free: return
-    raise ValueError(f'{need/1e9:,.1f} GB would be needed and {free/1e9:,.1f} GB of {where} memory are free: '
-                     f'lower {name}, got {getattr(c, name)}')
+    raise ValueError(f'{need/1e9:,.1f} GB would be needed and {free/1e9:,.1f} GB '
+                     f'of {where} memory are free: lower {name}, got {getattr(c, name)}')
 
 # %% ../nbs/12_training.ipynb #12-40
 @patch

@@ -274,7 +274,8 @@ def test_damaged_files_of_labelled_images(tmp_path):
     and so is any that is to be scored."""
     pairs(tmp_path, 200)
     pairs(tmp_path, 3, 'val')
-    given = dict(data=f'pairs:{tmp_path}', out=tmp_path/'run', backbone='resnet18', workers=0, batch=2)
+    given = dict(data=f'pairs:{tmp_path}', out=tmp_path/'run', backbone='resnet18', workers=0, batch=2,
+                 short=8, crop_height=8, crop_width=8)
     bomb(tmp_path/'train'/'images'/'000.png')
     label = tmp_path/'train'/'labels'/'001.png'
     label.write_bytes(label.read_bytes()[:44])
