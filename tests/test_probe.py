@@ -493,6 +493,7 @@ def results_notebook(folder, **parameters):
     (dict(runs='/no/such/folder'), "'/no/such/folder' is no folder"),
     ({}, "'nbs/studies' is no folder"),
     (dict(run='.'), "unknown parameter"),
+    (dict(runs='.', height='abc'), "height must be a whole number of at least 1, got 'abc'"),
 ])
 def test_notebook_stops_without_runs(tmp_path, wrong, message):
     "A folder that is not there and a misspelt parameter are errors, and nothing is written."
