@@ -75,8 +75,9 @@ class RunConfig:
     out: str = param('', "run folder, '' for runs/NAME")
     recipe: str = param('auto', "name of a recipe, 'auto' for the one of the data")
     seed: int = param(0, 'of everything random', least=0, most=2**42)
-    backbone: str = param('resnet50', 'name of a torchvision or timm model')
+    backbone: str = param('resnet50', 'torchvision or timm model, or your own as module:function')
     stride: int = param(0, "pixels per cell, 0 for the network's own last map", least=0)
+    part: str = param('', "of module:function's network what makes the map, '' for all")
     batch: int = param(16, 'images in a step, over all processes', least=1)
     optimizer: str = param('sgd', "'sgd' or 'adamw'", ('sgd', 'adamw'))
     lr: float = param(.01, 'highest learning rate', least=1e-12)
@@ -159,7 +160,9 @@ def resolve(kind, # dataclass of the parameters
     usual = recipes[recipe].get('optimizer', kind.optimizer)
     chosen = given.get('optimizer', usual)
     own = rates[chosen] if rates and chosen != usual else {}
-    return kind(**{**recipes[recipe], **own, **given, 'recipe': recipe})
+    values = recipes[recipe] | own
+    if ':' in given.get('backbone', ''): values.pop('stride', None)  # is that of the recipe's network
+    return kind(**{**values, **given, 'recipe': recipe})
 
 # %% ../nbs/09_config.ipynb #09-30
 def show_config(config): # dataclass

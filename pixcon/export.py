@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['to_detectron2', 'from_detectron2', 'library_names', 'layouts', 'match_names', 'verify_weights', 'write_weights',
-           'read_weights', 'export_backbone', 'write_card', 'load_backbone', 'main']
+           'read_weights', 'export_backbone', 'export_own', 'write_card', 'load_backbone', 'main']
 
 # %% ../nbs/20_export.ipynb #20-02
 import json, os, pickle, pickletools, re, shlex, sys
@@ -23,7 +23,8 @@ from . import __version__
 from .augment import imagenet_mean, imagenet_std
 from .scenes import Scenes
 from .data import told
-from .encoder import feature_shape, make_backbone
+from .encoder import (backbone_source, feature_shape, is_own, make_backbone,
+                            own_network, part_of)
 from .plot import show_curves
 from .config import RECIPES, PretrainConfig, variant
 from .run import load_pth, read_file, read_log, read_run, write_tensors
@@ -46,6 +47,8 @@ def _run_weights(folder, encoder): # run folder, 'online' or 'target'
         variant=variant(config),
         size=str(config['size']),
         config=json.dumps(_public(config)))
+    if is_own(about['backbone']):
+        about['part'] = config.get('part', '')
     return state, about
 
 # %% ../nbs/20_export.ipynb #20-19
@@ -103,7 +106,7 @@ def library_names(backbone, # what `make_backbone` returned
                   name): # name of the torchvision or timm model
     "The library's own name for each of a backbone's tensors, as a dict."
     names = list(backbone.state_dict())
-    if _in_torchvision(name):
+    if _in_torchvision(name) or is_own(name):
         return {n: n for n in names}
     whole = _whole_names([n.removeprefix('net.') for n in names], name)
     return {n: whole[n.removeprefix('net.')] for n in names}
@@ -433,6 +436,22 @@ def _file_name(name, encoder, layout):
     return f'{name}-{encoder}{word}{_suffix[layout]}'
 
 # %% ../nbs/20_export.ipynb #20-58
+def _write_checked(path, state, layout, metadata, backbone, reference):
+    "Writes a file and checks it as `verify_weights` does; leaves nothing behind if that fails."
+    out, part = path.parent, path.with_stem(f'{path.stem}.part')
+    new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        write_weights(part, state, layout, metadata)
+        given, _ = read_weights(part)
+        what = f"{layout} export of {metadata['backbone']}"
+        verify_weights(given, backbone, reference, int(metadata['size']), what)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+        if new and not any(out.iterdir()):
+            out.rmdir()
+
 def export_backbone(run, # run folder
                     out, # folder for the file
                     layout='torchvision', # or 'timm', 'detectron2', 'mm', 'safetensors'
@@ -440,25 +459,75 @@ def export_backbone(run, # run folder
                     licence='apache-2.0'): # of the weights, as a word in the metadata
     "Writes a run's backbone for another library; returns the path, or raises ValueError and writes nothing."
     run, out = Path(run), Path(out)
+    if is_own(read_run(run, encoder)[1]['backbone']):
+        return export_own(run, out, layout, encoder, licence)
     backbone, about = _ready(run, layout, encoder)
     name = about['backbone']
     path = out/_file_name(name, encoder, layout)
-    part = path.with_stem(f'{path.stem}.part')
     reference = _reference(name, backbone, layout)
     names = library_names(backbone, name)
     state = {names[n]: t for n, t in backbone.state_dict().items()}
     metadata = _described(about, reference, backbone, layout, path.name, licence)
-    new = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        write_weights(part, state, layout, metadata)
-        given, _ = read_weights(part)
-        verify_weights(given, backbone, reference, int(about['size']), f'{layout} export of {name}')
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-        if new and not any(out.iterdir()):
-            out.rmdir()
+    _write_checked(path, state, layout, metadata, backbone, reference)
+    if layout == 'safetensors':
+        write_card(run, path)
+    return path
+
+# %% ../nbs/20_export.ipynb #20-4d54a6
+def _own_ready(run, layout, encoder):
+    "As `_ready`, of a network of one's own."
+    state, about = _run_weights(run, encoder)
+    name = about['backbone']
+    if layout not in ('safetensors', 'whole'):
+        raise ValueError(f"{layout!r} is no layout for {name}; possible layouts for it: safetensors, whole")
+    backbone = make_backbone(name, int(about['stride']) or None, about['part'])
+    names = list(backbone.state_dict())
+    match_names(state, backbone.state_dict(), f"the {encoder} encoder in {str(run)!r} is no {name}")
+    backbone.load_state_dict(state)
+    prefix = f"{about['part']}." if layout == 'whole' and about['part'] else ''
+    return backbone, about, {n: f'{prefix}{n}' for n in names}
+
+def _own_reference(about, layout, names): # names of the tensors in the file
+    "The network made anew, the names that the map needs, and its map as a function of the image."
+    net = own_network(about['backbone']).eval()
+    part = part_of(net, about['part'], about['backbone'], int(about['stride']) or None)
+    return net if layout == 'whole' else part, names, part
+
+def _use_own(about, layout, file):
+    "Lines of Python that load a file into the network's own model."
+    module, _, make = about['backbone'].partition(':')
+    part = f".{about['part']}" if about['part'] and layout != 'whole' else ''
+    load = f"torch.load('{file}', weights_only=True)" if layout == 'whole' else f"load_file('{file}')"
+    strict = ', strict=False' if layout == 'whole' and about['part'] else ''
+    return f'model = {module}.{make}()\nmodel{part}.load_state_dict({load}{strict})'
+
+def _own_described(about, layout, backbone, reference, file, licence):
+    "As `_described`, of a network of one's own."
+    whole, needed, _ = reference
+    size, source = int(about['size']), backbone_source(about['backbone'], about['part'])
+    c, h, w = feature_shape(backbone, size)
+    return about | dict(
+        layout=layout,
+        pixcon=__version__,
+        library=f"{Path(source['file']).name}, SHA-256 {source['sha256'][:12]}",
+        map=f'{c} channels, {h} x {w} cells for an image of {size} x {size} pixels',
+        left_at_random=', '.join(_rest(whole.state_dict(), needed)) or 'nothing',
+        input=f'RGB in [0,1], minus {list(imagenet_mean)}, divided by {list(imagenet_std)}',
+        licence=licence,
+        use=_use_own(about, layout, file),
+        checked=f"names and features (to 1e-06 of the largest) of this file in {about['backbone']}")
+
+# %% ../nbs/20_export.ipynb #20-ec69f4
+def export_own(run, out, layout, encoder, licence): # as for `export_backbone`
+    "As `export_backbone`, of a run whose backbone is a network of one's own."
+    backbone, about, names = _own_ready(run, layout, encoder)
+    word = '' if layout == 'safetensors' else f'-{layout}'
+    suffix = '.safetensors' if layout == 'safetensors' else '.pth'
+    path = out/f"{about['backbone'].replace(':', '-')}-{encoder}{word}{suffix}"
+    reference = _own_reference(about, layout, list(names.values()))
+    metadata = _own_described(about, layout, backbone, reference, path.name, licence)
+    state = {names[n]: t for n, t in backbone.state_dict().items()}
+    _write_checked(path, state, layout, metadata, backbone, reference)
     if layout == 'safetensors':
         write_card(run, path)
     return path
@@ -495,11 +564,14 @@ def _curves(run, path):
     return ['## Curves', f'![loss, learning rate and speed]({picture.name})',
             '`loss_uninformed` is what queries pay that know nothing.']
 
-def _load_code(name, file):
+def _load_code(name, file, use=''): # use: how a network of one's own takes the file
     "Lines of Python that load a file, with pixcon and, for torchvision's networks, without."
     lines = [
         'from pixcon.export import load_backbone', '',
         f"backbone = load_backbone('{file}')  # (N,3,H,W) -> feature map"]
+    if is_own(name):
+        lines += ['', '# or without pixcon', f"import {name.partition(':')[0]}",
+                  'from safetensors.torch import load_file', '', *use.splitlines()]
     if _in_torchvision(name):
         lines += [
             '', '# or without pixcon',
@@ -527,6 +599,8 @@ def write_card(run, # run folder
     _, about = read_weights(path)
     config, name, licence = json.loads(about['config']), about['backbone'], about['licence']
     library = 'torchvision' if _in_torchvision(name) else 'timm'
+    if is_own(name):
+        library = 'pytorch'
     numbers = _numbers_of(run)
     parts = [
         f'---\nlicense: {licence}\nlibrary_name: {library}\n'
@@ -537,7 +611,7 @@ def write_card(run, # run folder
         _table([(n.replace('_', ' '), about[n]) for n in _facts]),
         '## Data', _data(config),
         '## Made by', _command(config),
-        '## Load', _load_code(name, path.name)]
+        '## Load', _load_code(name, path.name, about['use'])]
     if numbers:
         parts += ['## Numbers', _table(numbers)]
     parts += _curves(run, path)
@@ -567,7 +641,10 @@ def load_backbone(path, # a file that `export_backbone` or a run wrote, or a run
         raise ValueError(
             f"{str(path)!r} does not say which network it is of: "
             "give its name, as in backbone='resnet50'")
-    net = make_backbone(name, _stride(about, stride))
+    part = about.get('part', '')
+    net = make_backbone(name, _stride(about, stride), part)
+    if is_own(name) and about.get('layout') == 'whole' and part:
+        given = {n.removeprefix(f'{part}.'): t for n, t in given.items()}
     ours = net.state_dict()
     same = given.keys() == ours.keys()
     names = {n: n for n in ours} if same else library_names(net, name)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FORMAT', 'write_checkpoint', 'write_tensors', 'load_pth', 'read_file', 'append_line', 'as_dict', 'read_lines',
            'read_log', 'precision', 'autocast', 'loader_workers', 'loading', 'keep_memory', 'make_optimizer',
-           'step_if_finite', 'load_optimizer', 'Run', 'check_format', 'cut_lines', 'fingerprint', 'Replacing',
-           'read_run', 'trained_backbone']
+           'step_if_finite', 'load_optimizer', 'Run', 'check_format', 'other_tensors', 'cut_lines', 'fingerprint',
+           'Replacing', 'read_run', 'trained_backbone']
 
 # %% ../nbs/10_run.ipynb #10-02
 import ctypes
@@ -254,6 +254,14 @@ def newest(self:Run):
             return state
 
 # %% ../nbs/10_run.ipynb #10-33
+def other_tensors(theirs, ours): # state dicts
+    "How the tensors of two networks differ in names and shapes, a list of one sentence or none."
+    theirs, ours = ({n: tuple(t.shape) for n, t in state.items()} for state in (theirs, ours))
+    names = [n for n in theirs | ours if theirs.get(n) != ours.get(n)]
+    if not names: return []
+    n = names[0]
+    return [f"another network: {len(names)} tensors, the first is {n!r} of shape {theirs.get(n)}, now {ours.get(n)}"]
+
 @patch
 def refuse_other(self:Run, state):
     "Raises ValueError if a checkpoint is of a run with other parameters, and says which."
@@ -263,6 +271,7 @@ def refuse_other(self:Run, state):
     other = [f'{n} {theirs.get(n)!r}, now {v!r}' for n, v in ours.items()
              if n not in self.may_differ and theirs.get(n) != v]
     if state['step'] > self.total: other.append(f"{state['step']} steps done, now {self.total} in all")
+    if not other: other = other_tensors(state['model'], self.parts['model'].state_dict())
     if other:
         raise ValueError(f"{self.out} holds a run with {'; '.join(other)}. "
                          'Choose another `out`, or the same parameters')
@@ -506,7 +515,8 @@ def trained_backbone(run, # run folder of train.ipynb, its .safetensors file, or
 
     Raises ValueError if a weight does not fit."""
     state, config, _ = read_run(run, encoder)
-    try: backbone = make(config['backbone'], config['stride'] or None)
+    part = {'part': config['part']} if config.get('part') else {}
+    try: backbone = make(config['backbone'], config['stride'] or None, **part)
     except ValueError as e:
         raise ValueError(f'the backbone of {str(run)!r} can not be made: {e}') from e
     own = backbone.state_dict()

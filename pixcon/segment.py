@@ -39,7 +39,7 @@ from .config import RunConfig, check, check_out, default_out, param, resolve, va
 from .data import refuse_bad, told
 from .distributed import (device, gather_objects, main, once_a_machine, rank,
                                 share_buffers, shared, sum_over_processes, world)
-from .encoder import feature_shape, make_backbone
+from .encoder import feature_shape, is_own, make_backbone
 from .labelled import open_labelled, which_labelled
 from .model import mean_over_processes
 from .probe import scores
@@ -74,7 +74,7 @@ class SegmentConfig(RunConfig):
                         ('auto', 'voc12aug', 'cityscapes', 'ade20k', 'small'))
     compare: bool = param(False, 'the same again from random weights, in out/random')
     seed: int = param(0, 'of the head, the order and the augmentation', least=0, most=2**42)
-    backbone: str = param('resnet50', 'name of a torchvision or timm model')
+    backbone: str = param('resnet50', 'torchvision or timm model, or your own as module:function')
     stride: int = param(0, "pixels per cell, 0 for the network's own last map", least=0)
     output_stride: int = param(8, 'pixels per cell wanted, by dilation', least=1)
     head: str = param('fcn', "'fcn' or 'deeplabv3'", ('fcn', 'deeplabv3'))
@@ -130,8 +130,8 @@ def segment_config(kind='scenes', # of labelled data, as `which_labelled` tells 
 def _take_backbone(config, given):
     "Sets the checkpoint's backbone and stride; raises ValueError if others were given."
     _, pretrained, _ = read_run(config.checkpoint)
-    for name in ('backbone', 'stride'):
-        own = pretrained[name]
+    for name in ('backbone', 'stride', 'part'):
+        own = pretrained.get(name, '')
         if given.get(name) not in (None, own):
             raise ValueError(f'{name} is that of the checkpoint, {own!r}, got {given[name]!r}: '
                              'leave one of the two out')
@@ -241,6 +241,7 @@ class Augmented:
 # %% ../nbs/17_segment.ipynb #17-25
 def _dilated(name, stride, output_stride, plain):
     "The parts of `plain` with dilation for the last strides; raises where there is no switch."
+    if is_own(name): raise ValueError('a network of your own stays as it is')
     if name in torchvision.models.list_models(module=torchvision.models):
         switches = [output_stride <= s for s in (4, 8, 16)]
         make = torchvision.models.get_model
@@ -261,11 +262,12 @@ def _stride_of(backbone):
     return 256//feature_shape(backbone, 256)[1]
 
 # %% ../nbs/17_segment.ipynb #17-26
-def segmentation_backbone(name, # of a torchvision or timm model
+def segmentation_backbone(name, # of a torchvision or timm model, or module:function
                           stride=0, # at which pre-training cut it, 0 for the network's own last map
-                          output_stride=8): # pixels per cell wanted
+                          output_stride=8, # pixels per cell wanted
+                          part=''): # of a network of your own
     "The backbone that pre-training used, the strides beyond output_stride replaced by dilation if it can."
-    plain = make_backbone(name, stride or None)
+    plain = make_backbone(name, stride or None, part)
     own = _stride_of(plain)
     if own <= output_stride: return plain
     try:
@@ -275,7 +277,7 @@ def segmentation_backbone(name, # of a torchvision or timm model
     except _no_switch as e: reason = str(e)
     warnings.warn(f"{name!r} can't replace stride by dilation ({reason}): "
                   f'its map keeps one cell for {own} pixels')
-    return make_backbone(name, stride or None)
+    return make_backbone(name, stride or None, part)
 
 # %% ../nbs/17_segment.ipynb #17-29
 class Segmenter(nn.Module):
@@ -297,7 +299,7 @@ class Segmenter(nn.Module):
 def load_backbone(run, # run folder
                   output_stride=8, encoder='online'): # pixels per cell wanted, 'online' or 'target'
     "A pre-trained backbone, dilated as by `segmentation_backbone`, and its run's parameters: (module, dict)."
-    make = lambda name, stride: segmentation_backbone(name, stride or 0, output_stride)
+    make = lambda name, stride, part='': segmentation_backbone(name, stride or 0, output_stride, part)
     return trained_backbone(run, make, encoder)
 
 def make_segmenter(config, classes): # SegmentConfig, how many classes
@@ -305,7 +307,7 @@ def make_segmenter(config, classes): # SegmentConfig, how many classes
     fine = config.output_stride
     torch.manual_seed(config.seed)
     if config.checkpoint: backbone, _ = load_backbone(config.checkpoint, fine)
-    else: backbone = segmentation_backbone(config.backbone, config.stride, fine)
+    else: backbone = segmentation_backbone(config.backbone, config.stride, fine, config.part)
     torch.manual_seed(config.seed)
     return Segmenter(backbone, classes, config.head, config.rate)
 

@@ -232,7 +232,7 @@ def trained(training, until=math.inf): # a run, time in seconds since 1970 at wh
 def random_weights(config): # PretrainConfig
     "The backbone that a run starts from."
     torch.manual_seed(config.seed)
-    return make_backbone(config.backbone, config.stride or None).eval()
+    return make_backbone(config.backbone, config.stride or None, config.part).eval()
 
 # %% ../nbs/22_study.ipynb #22-23
 def about_run(job, training): # one of `jobs`, its run

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ema_momentum', 'learning_rate', 'configure', 'known_epochs', 'Batches', 'Pretraining', 'build_model', 'compiles',
            'enqueued_view', 'kept_by_forward', 'memory', 'free_memory', 'too_large', 'out_of_memory',
-           'refuse_too_large', 'cached', 'drawn', 'item_bytes', 'seconds_per_step', 'epochs_in_hours', 'pretrain']
+           'refuse_too_large', 'cached', 'drawn', 'item_bytes', 'note_source', 'seconds_per_step', 'epochs_in_hours',
+           'pretrain']
 
 # %% ../nbs/12_training.ipynb #12-02
 import copy
@@ -31,7 +32,8 @@ from .config import (RECIPES, PretrainConfig, check, check_out, default_out, res
 from .data import Cached, device_decoder, refuse_bad, scan, told
 from .distributed import (device, gather_objects, gather_tensor, local_rank, main,
                                 once_a_machine, rank, shared, world)
-from .encoder import feature_shape, library_weights
+from .encoder import (backbone_source, check_backbone, feature_shape, is_own, library_weights,
+                            make_backbone)
 from .loss import default_queue, uninformed_loss
 from .model import PixCon, mean_over_processes
 from .run import (Run, append_line, as_dict, autocast, fingerprint, keep_memory, loader_workers,
@@ -173,7 +175,11 @@ class Pretraining:
 # %% ../nbs/12_training.ipynb #12-18
 def build_model(c): # PretrainConfig
     "The model that the parameters describe; raises ValueError if a view has one cell only."
-    model = PixCon(c.backbone, c.matching, c.reweight, c.dense_weight, c.tau, c.power, c.queue,
+    backbone = make_backbone(c.backbone, c.stride or None, c.part)
+    if is_own(c.backbone):
+        try: check_backbone(backbone, c.size, min(c.batch//c.accumulate, 2))
+        except ValueError as e: raise ValueError(f"backbone {c.backbone!r} can't be trained: {e}") from e
+    model = PixCon(backbone, c.matching, c.reweight, c.dense_weight, c.tau, c.power, c.queue,
                    c.queue_start, c.hidden, c.dim, c.overlap_rule, c.max_dist or None,
                    c.stride or None, c.size)
     h, w = feature_shape(model.online.backbone, c.size)[1:]
@@ -513,10 +519,20 @@ def unread_file(self:Pretraining):
     "Where this process lists the images that it could not read."
     return self.run.out/f"unread{f'-{rank()}' if rank() else ''}.jsonl"
 
+def note_source(config, run):
+    "Writes where a network of one's own comes from to source.json; tells if its file has changed since."
+    now, path = backbone_source(config.backbone, config.part), run.out/'source.json'
+    if not now: return
+    then = as_dict(path.read_bytes(), repr(str(path))) if run.step and path.exists() else now
+    if then.get('sha256') != now['sha256']:
+        print(f"{now['file']} has changed since step 0; its parameters have the same names and shapes", flush=True)
+    else: path.write_text(json.dumps(now, indent=1))
+
 @patch
 def begin(self:Pretraining):
     "Makes the folder or continues from it."
     self.run.begin()
+    if rank() == 0: note_source(self.config, self.run)
     self.unread = {line.get('number'): line.get('why') for line in read_lines(self.unread_file())}
 
 @patch

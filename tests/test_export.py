@@ -5,10 +5,10 @@ import pickle
 import pickletools
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 import numpy as np
 import pytest
+import timm
 import torch
 import torchvision
 from PIL import Image
@@ -21,7 +21,6 @@ from pixcon.export import (export_backbone, from_detectron2, layouts, load_backb
 from pixcon.training import Pretraining, configure
 
 ROOT = Path(__file__).parent.parent
-HAS_TIMM = find_spec('timm') is not None
 ALL = ('torchvision', 'timm', 'detectron2', 'mm', 'safetensors')
 FACTS = {'encoder', 'backbone', 'stride', 'step', 'variant', 'config', 'layout', 'library', 'map',
          'left_at_random', 'input', 'licence', 'use', 'checked'}
@@ -82,15 +81,6 @@ def features(net, x):
     return net(x)
 
 
-def possible(name): return [n for n in layouts(name) if n != 'timm' or HAS_TIMM]
-
-
-def need(layout):
-    "Skips the test where the layout's library is missing."
-    if layout == 'timm':
-        pytest.importorskip('timm')
-
-
 # Out, and into the other libraries
 
 @pytest.mark.parametrize('name,stride,size,left', [
@@ -106,7 +96,7 @@ def test_round_trip(make_run, tmp_path, image, name, stride, size, left):
     run = make_run(name, stride, size)
     ours = load_backbone(run)
     assert layouts(name) == (ALL if name in RESNETS else ('torchvision', 'safetensors'))
-    for layout in possible(name):
+    for layout in layouts(name):
         path = export_backbone(run, tmp_path, layout)
         about, again = read_weights(path)[1], load_backbone(path)
         assert FACTS <= set(about) and all(isinstance(v, str) for v in about.values())
@@ -122,7 +112,6 @@ def test_round_trip(make_run, tmp_path, image, name, stride, size, left):
     ('resnet26', 0, 64), ('convnext_atto', 8, 32), ('vit_tiny_patch16_224', 0, 224)])
 def test_timm_models(make_run, tmp_path, name, stride, size):
     "A backbone from timm goes out under timm's names and loads into timm's whole model."
-    timm = pytest.importorskip('timm')
     run = make_run(name, stride, size)
     assert layouts(name) == ('timm', 'safetensors')
     x, ours = torch.randn(1, 3, size, size), load_backbone(run)
@@ -156,7 +145,6 @@ def test_torchvision_loads_it(make_run, tmp_path, image, name, stride):
 @pytest.mark.parametrize('name', ['resnet18', 'resnet50'])
 def test_timm_loads_it(make_run, tmp_path, image, name):
     "timm's model without classifier takes the file strictly."
-    timm = pytest.importorskip('timm')
     run = make_run(name)
     whole = timm.create_model(name, num_classes=0)
     path = export_backbone(run, tmp_path, 'timm')
@@ -274,11 +262,9 @@ def test_names_of_all_resnets(name):
     assert all(from_detectron2(to_detectron2(n)) == n for n in ours)
     assert {n.split('.')[0] for n in theirs} == {'stem', 'res2', 'res3', 'res4', 'res5'}
     assert not any(w in n for n in theirs for w in ('layer', 'bn', 'downsample'))
-    if HAS_TIMM:
-        import timm
-        with torch.device('meta'):
-            whole = timm.create_model(name)
-        assert ours == {n: t.shape for n, t in whole.state_dict().items()}
+    with torch.device('meta'):
+        whole = timm.create_model(name)
+    assert ours == {n: t.shape for n, t in whole.state_dict().items()}
 
 
 @pytest.mark.parametrize('name', [
@@ -330,7 +316,6 @@ def spoilt(how):
 @pytest.mark.parametrize('layout,how', CASES)
 def test_refuses_what_is_wrong(make_run, tmp_path, monkeypatch, layout, how):
     "A fault in one tensor of the written file: an error, and nothing on the disk."
-    need(layout)
     monkeypatch.setattr(export, 'write_weights', spoilt(how))
     with pytest.raises(ValueError, match=MESSAGES[how]):
         export_backbone(make_run('resnet18'), tmp_path/'out', layout)
@@ -361,7 +346,6 @@ def test_refuses_a_run_that_diverged(make_run, tmp_path):
 @pytest.mark.parametrize('layout', ALL)
 def test_online_and_target(make_run, tmp_path, image, layout):
     "Two files side by side, each with its own weights and its own word in the metadata."
-    need(layout)
     run, found = make_run('resnet18'), {}
     for encoder, other in (('online', 'target'), ('target', 'online')):
         path = export_backbone(run, tmp_path, layout, encoder)
@@ -377,7 +361,6 @@ def test_online_and_target(make_run, tmp_path, image, layout):
 @pytest.mark.parametrize('keep', [0., .001, .5, .999])
 def test_truncated_file(make_run, tmp_path, layout, keep):
     "Cut anywhere, it is said to be truncated."
-    need(layout)
     path = export_backbone(make_run('resnet18', 8, 32), tmp_path, layout)
     whole = path.read_bytes()
     path.write_bytes(whole[:int(keep*len(whole))])
@@ -543,7 +526,7 @@ def test_card_and_privacy(make_run, tmp_path):
     (run/'summary.json').write_text(json.dumps(dict(variant='sr', probe_trained=41.23456)))
     lines = [dict(step=i, loss=1/i, loss_uninformed=1., lr=.1, images_per_s=5.) for i in (1, 2, 3)]
     (run/'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
-    for layout in possible('resnet18'):
+    for layout in layouts('resnet18'):
         export_backbone(run, out, layout)
     assert '| probe_trained | 41.23 |' in card() and '(resnet18-online.png)' in card()
     assert (out/'resnet18-online.png').read_bytes().startswith(b'\x89PNG')
@@ -582,7 +565,7 @@ def test_a_bf16_run_goes_out_in_every_layout(tmp_path, image):
     "Its weights are float32; only while training they lie with their channels last."
     run = tiny_run(tmp_path/'run', backbone='resnet18', stride=8, size=32, amp='bf16')
     ours = features(load_backbone(run), image)
-    for layout in possible('resnet18'):
+    for layout in layouts('resnet18'):
         path = export_backbone(run, tmp_path/'out', layout)
         assert torch.equal(features(load_backbone(path), image), ours)
 

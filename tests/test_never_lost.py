@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from pixcon.distributed import SharedBatchNorm, join, launch, share_norms
@@ -315,7 +316,6 @@ def test_batch_norm_of_two_processes_is_that_of_one(tmp_path):
 @pytest.mark.parametrize('name', ['regnetx_002', 'efficientnet_b0', 'convnext_atto'])
 def test_batch_norms_of_timm_keep_their_activation(name):
     "Alone a network computes the same bits with shared norms, under the same names."
-    timm = pytest.importorskip('timm')
     plain = timm.create_model(name, features_only=True, out_indices=[1])
     ours = share_norms(copy.deepcopy(plain))
     assert list(ours.state_dict()) == list(plain.state_dict())

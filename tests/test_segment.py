@@ -211,8 +211,7 @@ def test_what_cannot_dilate_says_so(name):
 
 
 def test_timm_dilates():
-    "timm's switch, where timm is installed."
-    pytest.importorskip('timm')
+    "timm's switch."
     fine, plain = segmentation_backbone('resnet26', 0, 8), make_backbone('resnet26')
     assert feature_shape(fine, 64)[1:] == (8, 8) and list(fine.state_dict()) == list(plain.state_dict())
 
