@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms.v2.functional import resize, resized_crop
-from .data import decode_files, encoded
+from .data import decode_files, encoded, readable
 
 # %% ../nbs/03_augment.ipynb #03-07
 def _centre_box(height, width, ratio):
@@ -79,14 +79,7 @@ def two_boxes(rng, height, width, scale=(.08, 1.), ratio=(3/4, 4/3), # as for `r
 # %% ../nbs/03_augment.ipynb #03-18
 n_draws = 13  # jitter?, brightness, contrast, saturation, hue, grey?, blur?, sigma, solarize?, order of the four jitters
 
-def _readable(images, i, seed): # seed: a tuple of numbers
-    "Image i and i; or, where it can't be read, another image and its number."
-    try: return images[i], i
-    except ValueError as e: error = e
-    for j in np.random.default_rng(seed).integers(0, len(images), 100).tolist():
-        try: return images[j], j
-        except ValueError: pass
-    raise error
+
 
 # %% ../nbs/03_augment.ipynb #03-19
 class TwoViews:
@@ -105,7 +98,7 @@ class TwoViews:
     def __getitem__(self, key): # i, or (epoch, i)
         epoch, i = key if isinstance(key, tuple) else (0, key)
         rng = np.random.default_rng((self.seed, epoch, i))
-        image, used = _readable(self.images, i, (self.seed, epoch, i, 3))  # (3,H,W)
+        image, used = readable(self.images, i, (self.seed, epoch, i, 3))  # (3,H,W)
         box = two_boxes(rng, *image.shape[1:], **self.boxes)       # (2,4)
         flip = rng.random(2) < .5                                  # (2,)
         draw = rng.random((2, n_draws), dtype=np.float32)          # (2,13)

@@ -74,7 +74,7 @@ class RunConfig:
     data: str = param('', "folder(s), glob or 'scenes'")
     out: str = param('', "run folder, '' for runs/NAME")
     recipe: str = param('auto', "name of a recipe, 'auto' for the one of the data")
-    seed: int = param(0, 'of everything random', least=0)
+    seed: int = param(0, 'of everything random', least=0, most=2**42)
     backbone: str = param('resnet50', 'torchvision or timm model, or your own as module:function')
     stride: int = param(0, "pixels per cell, 0 for the network's own last map", least=0)
     part: str = param('', "of module:function's network what makes the map, '' for all")

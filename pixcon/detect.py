@@ -12,6 +12,7 @@ __all__ = ['DETECT_RECIPES', 'Draws', 'average_precision', 'own_maps', 'stage_ma
 # %% ../nbs/19_detect.ipynb #19-02
 import io
 import json
+import os
 import time
 from collections import OrderedDict
 from contextlib import redirect_stdout
@@ -39,20 +40,22 @@ from torchvision.transforms import v2
 from .augment import imagenet_mean, imagenet_std
 from .config import (RunConfig, check, check_out, default_out, param, resolve,
                            variant)
-from .distributed import (device, gather_objects, main, rank, share_buffers,
+from .data import refuse_bad, told
+from .distributed import (device, gather_objects, main, once_a_machine, rank, share_buffers,
                                 share_norms, shared, world)
 from .encoder import feature_shape, is_own, make_backbone
 from .model import mean_over_processes
 from .objects import encode_mask, open_objects, which_objects, write_coco
-from .run import (Run, autocast, fingerprint, loader_workers, loading, make_optimizer,
-                        precision, read_run, step_if_finite, trained_backbone, write_tensors)
+from .run import (Replacing, Run, as_dict, autocast, fingerprint, loader_workers,
+                        loading, make_optimizer, precision, read_run, step_if_finite, trained_backbone, write_tensors)
 from .scenes import Scenes
 
 # %% ../nbs/19_detect.ipynb #19-09
 class Draws:
     "Images and objects as a training run sees them; item p is the p-th of the run."
-    def __init__(self, data, seed=0): # Objects
+    def __init__(self, data, seed=0, out=None): # Objects, of the random draws, the run's folder
         self.data, self.seed = data, seed
+        self.items = Replacing(data, seed, out, lambda i: image_names(data)[i])
         self.flip = v2.RandomHorizontalFlip(1.)
         self.order = -1, None                                      # epoch, its permutation
     def place(self, p):
@@ -63,7 +66,7 @@ class Draws:
             self.order = epoch, rng.permutation(len(self.data))
         return int(self.order[1][k])
     def __getitem__(self, p):
-        image, target = self.data[self.place(p)]
+        image, target = self.items[self.place(p)]
         rng = np.random.default_rng((self.seed, p, 1))
         if rng.random() < .5: image, target = self.flip(image, target)
         target = {n: v.as_subclass(torch.Tensor) for n, v in target.items()}
@@ -221,7 +224,7 @@ class DetectConfig(RunConfig):
     recipe: str = param('auto', "'1x', '2x', 'VOC', 'small', or 'auto' for the one of the data",
                         ('auto', '1x', '2x', 'VOC', 'small'))
     compare: bool = param(False, 'the same from random weights, too, recipe small does')
-    seed: int = param(0, 'of heads, order and flips, and of built-in scenes', least=0)
+    seed: int = param(0, 'of heads, order and flips, and of built-in scenes', least=0, most=2**42)
     backbone: str = param('resnet50', 'as for pre-training, a checkpoint has its own')
     stride: int = param(0, 'pixels per cell, 0 for its last map, a checkpoint has its own', least=0)
     masks: bool = param(True, 'Mask R-CNN, off for Faster R-CNN')
@@ -289,7 +292,9 @@ def _of_checkpoint(given):
 
 def _default_folder(c):
     "Folder of a run: runs/detect-DATA-CHECKPOINT-seedN."
-    def last(path): return Path(path).expanduser().resolve().name
+    def last(path):
+        name = Path(path).expanduser().resolve().name
+        return os.fsencode(name).decode(errors='replace')
     weights = last(c.checkpoint) if c.checkpoint else 'random'
     return default_out(f'detect-{last(c.data)}-{weights}-seed{c.seed}')
 
@@ -338,7 +343,11 @@ def learn_and_score(config): # DetectConfig
     if config.labelled > len(train):
         raise ValueError('labelled must be at most the number of training images '
                          f'with objects, {len(train)}, got {config.labelled}')
-    return train.take(config.labelled, config.seed), test.take(config.test)
+    parts = train.take(config.labelled, config.seed), test.take(config.test)
+    for part, most in zip(parts, (.01, 0)):                        # no score without some of the images
+        part.bad = once_a_machine(part.scan)
+        refuse_bad(part, most)
+    return parts
 
 # %% ../nbs/19_detect.ipynb #19-40
 class ItemTransform(GeneralizedRCNNTransform):
@@ -449,7 +458,8 @@ def batches(data, config, steps): # Objects, DetectConfig, which steps
     parts = [own_items(k, config.batch) for k in steps]
     pixels = config.batch//world()*config.short*config.longest     # at most, before the masks
     how = loading(config.workers, 3*pixels)
-    return DataLoader(Draws(data, config.seed), batch_sampler=parts, collate_fn=_together, **how)
+    draws = Draws(data, config.seed, config.out)
+    return DataLoader(draws, batch_sampler=parts, collate_fn=_together, **how)
 
 def to_device(images, targets, device):
     "A batch on the device, images as floats from 0 to 1."
@@ -650,7 +660,7 @@ def _run_one(path, config, train, test):
     "Trains and scores one detector."
     model = build_detector(config, len(test.classes)).to(device())
     if rank() == 0:
-        origin = config.checkpoint or 'random weights'
+        origin = told(config.checkpoint) if config.checkpoint else 'random weights'
         print(f'from {origin}: {train}, {world()} x {device()}', flush=True)
     seconds = fine_tune(model, train, config)[-1]['seconds']
     begun = time.time()
@@ -666,11 +676,18 @@ def train_and_score(**given): # parameters of a run by name
         _run_one(Path(config.out)/name, one, train, test)
 
 # %% ../nbs/19_detect.ipynb #19-77
+def _config_of(path):
+    "The parameters that a run left, DetectConfig; ValueError with the file's name."
+    given = as_dict(path.read_bytes(), repr(str(path)))
+    try: return DetectConfig(**check(DetectConfig, given))
+    except (ValueError, TypeError) as e:
+        raise ValueError(f'{str(path)!r} is no record of parameters: {e}') from e
+
 def load_detector(folder): # run folder of a detector that was trained to its end
     "The detector of a run, with the weights that were scored."
     path = Path(folder)/'detector.safetensors'
     if not path.is_file(): raise FileNotFoundError(f'there is no file {str(path)!r}')
-    c = DetectConfig(**json.loads((path.parent/'config.json').read_text()))
+    c = _config_of(path.parent/'config.json')
     state = load_file(path)
     classes = len(state['roi_heads.box_predictor.cls_score.bias']) - 1
     model = make_detector(make_backbone(c.backbone, c.stride or None, c.part), classes, c)

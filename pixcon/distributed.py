@@ -227,7 +227,8 @@ def launch(module, given, processes, # such as 'pixcon.training', its parameters
     environment = {'OMP_NUM_THREADS': threads, **os.environ, 'PIXCON_PARENT': str(os.getpid())}
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone',
                f'--nproc-per-node={processes}', '-m', module, *words]
-    child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             text=True, errors='backslashreplace')
     last, torchrun_speaks = deque(maxlen=40), False
     try:
         for line in child.stdout:

@@ -350,19 +350,22 @@ def mean_colour(stride): # side of a cell in pixels
     return backbone.requires_grad_(False)
 
 # %% ../nbs/21_keypoints.ipynb #21-56
-def _box(corners): # left, top, right, bottom
+def _box(corners, where): # left, top, right, bottom, who has them
     "The box as (top, left, height, width)."
-    if len(corners) != 4:
-        raise ValueError(f"a box must be left, top, right, bottom, got {corners}")
-    left, top, right, bottom = corners
+    if not isinstance(corners, list) or len(corners) != 4:
+        raise ValueError(f"a box in {where} must be left, top, right, bottom, "
+                         f"got {str(corners)[:60]}")
+    left, top, right, bottom = _rows([corners], 4, f"a box in {where}")[0].tolist()
     return top, left, bottom - top, right - left
 
 def _rows(values, width, where):
     "A list of lists of `width` numbers each, (n,width)."
     try:
         rows = torch.tensor(values, dtype=torch.double)
-    except (TypeError, ValueError, RuntimeError) as e:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as e:
         raise ValueError(f"{where} is no list of points: {e}") from e
+    if not isinstance(values, list) or not rows.isfinite().all():
+        raise ValueError(f"{where} must be a list of finite numbers")
     if len(values) and (rows.ndim != 2 or rows.shape[1] != width):
         raise ValueError(f"{where} must have {width} numbers for each point, "
                          f"the first is {str(values[0])[:60]}")
@@ -372,7 +375,7 @@ def _read_json(path):
     "The content of a JSON file that holds a dict."
     try:
         content = json.loads(path.read_text())
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{str(path)!r} is no JSON file: {e}") from e
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} holds a {type(content).__name__}, not names with values")
@@ -400,6 +403,10 @@ def _spair(root, split):
     for path in sorted((annotations/split).glob('*.json')):
         p = _read_json(path)
         _need(p, _spair_names, repr(str(path)))
+        strange = [n for n in ('src_imname', 'trg_imname', 'category') if not isinstance(p[n], str)]
+        if strange:
+            value = str(p[strange[0]])[:60]
+            raise ValueError(f"{strange[0]} in {str(path)!r} is {value}, no text")
         points = [_rows(p[n], 2, f"{n} in {str(path)!r}").flip(1)
                   for n in ('src_kps', 'trg_kps')]                 # (n,2) each
         if not any(len(x) for x in points):
@@ -407,7 +414,8 @@ def _spair(root, split):
             continue
         photos = root/'JPEGImages'/p['category']
         source, target = photos/p['src_imname'], photos/p['trg_imname']
-        pairs.append(Pair(source, target, *points, _box(p['trg_bndbox']), p['category']))
+        box = _box(p['trg_bndbox'], repr(str(path)))
+        pairs.append(Pair(source, target, *points, box, p['category']))
     return KeypointPairs(pairs, 'SPair-71k', left_out)
 
 # %% ../nbs/21_keypoints.ipynb #21-59
@@ -446,7 +454,7 @@ def _table(root, split):
         source, target = (files.get(n, root/'images'/n) for n in names)
         box, class_name = (content['images'][names[1]][n] for n in ('bbox', 'cls'))
         common = [p[both, :2].flip(1) for p in (a, b)]             # (n,2) each
-        pairs.append(Pair(source, target, *common, _box(box), class_name))
+        pairs.append(Pair(source, target, *common, _box(box, repr(str(path))), class_name))
     return KeypointPairs(pairs, 'table of keypoints', left_out)
 
 # %% ../nbs/21_keypoints.ipynb #21-60

@@ -15,7 +15,7 @@ import torchvision
 from fastcore.basics import patch
 from matplotlib.patches import Patch
 from PIL import Image
-from .data import find_images, read_image
+from .data import Unreadable, find_images, headers, read_quietly
 from .plot import show_images
 from .scenes import Scenes, scene_classes
 
@@ -26,7 +26,7 @@ def _read_codes(path):
         with Image.open(path) as file:
             mode, codes = file.mode, np.array(file)
     except Exception as e:                                         # a damaged file may raise anything
-        raise ValueError(f"cannot read label {str(path)!r}: {e}") from e
+        raise Unreadable(f"cannot read label {str(path)!r}: {e}") from e
     if codes.ndim != 2:
         raise ValueError(
             f"label {str(path)!r} is a colour picture ({mode}); "
@@ -77,22 +77,29 @@ class LabelledImages:
                  names=None, # of the classes
                  kind='pairs'): # which data set this is
         self.kind = kind
+        self.bad = {}                                                  # number of a pair to what is wrong with it
+        self.remarks = None                                            # list of what libraries say about files
         if isinstance(images, (str, os.PathLike)):
             self.pairs, self.unlabelled = _pairs_by_stem(images, labels)
         else:
             self.pairs, self.unlabelled = list(zip(images, labels, strict=True)), 0
         self.ignore = {255, *([ignore] if isinstance(ignore, int) else ignore)}
-        self.classes = classes or 1 + max(self._largest(label) for _, label in self.pairs)
+        if not self.pairs:
+            raise ValueError(f"no labelled images in {str(images)!r}")
+        if not classes:
+            largest, where = max((self._largest(label), str(label)) for _, label in self.pairs)
+        self.classes = classes or 1 + largest
         if self.classes > 255:
-            raise ValueError(f"at most 255 classes, numbered 0 to 254, got {self.classes}")
+            where = '' if classes else f": label {where!r} holds {largest}"
+            raise ValueError(f"at most 255 classes, numbered 0 to 254, got {self.classes}{where}")
+        if any(abs(code) > 2**24 for code in self.ignore):
+            raise ValueError(f"ignore must be numbers up to {2**24}, got {max(self.ignore, key=abs)}")
         self.names = list(names or map(str, range(self.classes)))
         codes = codes or {c: c for c in range(self.classes)}
         self.lowest, self.table = _code_table(codes, self.ignore)
 
-    def _largest(self, path):
-        "The largest number in a label file that is a class, -1 if there is none."
-        numbers = set(_read_codes(path).unique().tolist())
-        return max(numbers - self.ignore, default=-1)
+    @property
+    def paths(self): return [image for image, _ in self.pairs]
 
     def __len__(self): return len(self.pairs)
 
@@ -102,12 +109,23 @@ class LabelledImages:
             about += f", {self.unlabelled:,} images without a label left out"
         return f"{len(self):,} labelled images ({about})"
 
+# %% ../nbs/15_labelled.ipynb #15-fd564e
+@patch
+def _largest(self:LabelledImages, path):
+    "The largest number in a label file that is a class, -1 if there is none."
+    try: numbers = set(_read_codes(path).unique().tolist())
+    except Unreadable: return -1                                   # `scan` or its image's turn names it
+    return max(numbers - self.ignore, default=-1)
+
 # %% ../nbs/15_labelled.ipynb #15-22
 @patch
 def __getitem__(self:LabelledImages, i):
     "Image i and its label; raises ValueError if they don't fit."
     image_file, label_file = self.pairs[i]
-    image, label = read_image(image_file), _read_codes(label_file)
+    if i in self.bad:
+        raise Unreadable(f"cannot read {str(image_file)!r} and its label: {self.bad[i]}")
+    image = read_quietly(image_file, self.remarks)                 # (3,H,W)
+    label = read_quietly(label_file, self.remarks, _read_codes)    # (H,W)
     if image.shape[1:] != label.shape:
         raise ValueError(
             "image and label have different sizes (height, width): "
@@ -122,6 +140,16 @@ def __getitem__(self:LabelledImages, i):
             f"which is none of the {self.classes} classes; "
             f"if it means no class, say ignore={wrong[0]}")
     return image, known
+
+# %% ../nbs/15_labelled.ipynb #15-c4b440
+@patch
+def scan(self:LabelledImages):
+    "Looks at the beginning of all files; `bad` gets the pairs that can't be read. Returns it."
+    found = headers([path for pair in self.pairs for path in pair])
+    for i, what in enumerate(zip(found[::2], found[1::2])):
+        wrong = [f'{kind}: {w}' for kind, w in zip(('image', 'label'), what) if isinstance(w, str)]
+        if wrong: self.bad[i] = ', '.join(wrong)
+    return self.bad
 
 # %% ../nbs/15_labelled.ipynb #15-27
 _label_colours = np.ones((256, 3))                                 # of class 255, which is none: white
@@ -177,8 +205,15 @@ def _voc_stems(folder, split):
     lists = {p.stem.replace('trainaug', 'train_aug'): [p] for p in folder.glob('*.txt')}
     if 'aug' in lists:
         lists.setdefault('train_aug', lists['train'] + lists['aug'])
-    text = '\n'.join(path.read_text() for path in _choose(split, lists))
-    return [Path(line.split()[0]).stem for line in text.splitlines() if line.strip()]
+    stems = []
+    for path in _choose(split, lists):
+        lines = os.fsdecode(path.read_bytes()).split('\n')             # names in any encoding
+        found = [Path(line.split()[0]).stem for line in lines if line.strip()]
+        wrong = [s for s in found if len(os.fsencode(s)) > 200 or '\0' in s]
+        if wrong: raise ValueError(f"{str(path)!r} is no list of names, it holds {wrong[0][:60]!r}")
+        stems += found
+    if not stems: raise FileNotFoundError(f"no image is named in {str(path)!r}")
+    return stems
 
 def _voc_label(root, stem):
     "The label of an image: VOC's own where there is one, otherwise SBD's."
@@ -305,5 +340,12 @@ def open_labelled(data='scenes', # 'scenes' or a folder, which may follow a name
     "Opens a labelled data set by its folders' layout or by name."
     kind, root = which_labelled(data)
     if kind == 'scenes':
-        return LabelledScenes(split, n, size)
-    return _readers[kind](root, split, classes=classes, ignore=ignore)
+        if ignore not in ((), 255):
+            raise ValueError(f"ignore is for files, the built-in scenes have a class everywhere, got {ignore}")
+        data = LabelledScenes(split, n, size)
+    else:
+        data = _readers[kind](root, split, classes=classes, ignore=ignore)
+    if classes in (None, data.classes):
+        return data
+    raise ValueError(
+        f"classes is for folders of pairs, {data.kind} has {data.classes}, got {classes}")

@@ -7,7 +7,10 @@ __all__ = ['voc_classes', 'encode_mask', 'write_coco', 'coco_index', 'Objects', 
            'open_objects']
 
 # %% ../nbs/18_objects.ipynb #18-02
-import copy, io, json, math
+import copy
+import io
+import json
+import os
 from contextlib import redirect_stdout
 from pathlib import Path, PurePath
 from xml.etree import ElementTree
@@ -20,7 +23,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from torchvision import tv_tensors
 from torchvision.utils import draw_segmentation_masks
-from .data import read_image
+from .data import Unreadable, headers, read_quietly, told
 from .plot import colours, show_image
 from .scenes import scene_classes
 
@@ -89,7 +92,12 @@ def _check_part(part, items):
             raise ValueError(f"one of the {part} has no {absent[0]!r}: {str(item)[:100]}")
         for n in ('id', 'image_id', 'category_id'):
             if not isinstance(item.get(n, 0), (int, str)):
-                raise ValueError(f"one of the {part} has {n} {item[n]!r}, it must be a number")
+                raise ValueError(f"one of the {part} has {n} {str(item[n])[:60]}, it must be a number")
+        for n in ('name', 'file_name'):
+            if not isinstance(item.get(n, ''), str):
+                raise ValueError(f"one of the {part} has {n} {str(item[n])[:60]}, it must be a text")
+    if len({type(item.get('id')) for item in items}) > 1 and part != 'annotations':
+        raise ValueError(f"the ids of the {part} must be all numbers or all texts")
 
 def _check_content(content):
     "Refuses a dict that is not of COCO's form."
@@ -129,7 +137,7 @@ def _run_lengths(text): # compressed counts of an RLE
 def _finite(values):
     "Whether values are a list of finite numbers."
     return isinstance(values, list) and all(
-        isinstance(v, (int, float)) and abs(v) < math.inf for v in values)
+        isinstance(v, (int, float)) and abs(v) < 2**53 for v in values)
 
 def _check_rle(code, info): # an annotation's mask as a dict, its image
     "Raises ValueError unless run lengths fill the image."
@@ -153,14 +161,15 @@ def _in_image(polygons, info):
     return [[min(max(v, 0), limit[k % 2]) for k, v in enumerate(p)] for p in polygons]
 
 # %% ../nbs/18_objects.ipynb #18-22
-def _check_image(info):
+def _check_image(info, outside): # outside: whether the file may lie anywhere
     "Raises ValueError for an entry of an image that can't be."
     size = info['height'], info['width']
     if not all(isinstance(v, int) and 0 < v < 2**15 for v in size):
         raise ValueError(f"image {info['id']} has height and width {size}, in pixels from 1 to {2**15 - 1}")
-    path = PurePath(str(info['file_name']))
-    if path.is_absolute() or '..' in path.parts:
-        raise ValueError(f"image {info['id']} lies outside of the image folder: {str(path)!r}")
+    path = PurePath(info['file_name'])
+    if not outside and (path.is_absolute() or '..' in path.parts):
+        raise ValueError(f"image {info['id']} lies outside of the image folder: {str(path)!r}; "
+                         "if it shall, put a link to it into the folder, or say outside=True")
 
 def _checked(a, info): # an annotation, its image
     "The annotation with its mask inside the image; ValueError with its numbers if it is none."
@@ -169,8 +178,8 @@ def _checked(a, info): # an annotation, its image
         if not _finite(a['bbox']) or len(a['bbox']) != 4:
             raise ValueError(f"must be four finite numbers, got {str(a['bbox'])[:60]}")
         part = 'iscrowd and area'
-        if not _finite([a.get('iscrowd', 0), a.get('area', 0)]):
-            raise ValueError('must be numbers')
+        if not _finite([a.get('area', 0)]) or a.get('iscrowd', 0) not in (0, 1):
+            raise ValueError('must be numbers, iscrowd 0 or 1')
         part, mask = 'segmentation', a.get('segmentation')
         if isinstance(mask, dict):
             _check_rle(mask, info)
@@ -189,16 +198,25 @@ def _content(source): # file or dict
     if isinstance(source, dict):
         return source
     try:
-        return json.loads(Path(source).read_text())
+        return json.loads(os.fsdecode(Path(source).read_bytes()))       # file names in any encoding
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{str(source)!r} is no JSON file: {e}") from e
 
-def coco_index(source): # file or dict
+def coco_index(source, # file or dict
+               outside=False): # whether file names may leave the image folder
     "pycocotools' index of annotations in COCO's form, numbered from 1; ValueError for what is not."
-    content, numbered = _content(source), []
+    try:
+        return _indexed(_content(source), outside)
+    except ValueError as e:
+        where = '' if isinstance(source, dict) or str(source) in str(e) else f"{str(source)!r}: "
+        raise ValueError(f"{where}{e}") from e
+
+def _indexed(content, outside):
+    "The index of a dict."
+    numbered = []
     _check_content(content)
     for info in content['images']:
-        _check_image(info)
+        _check_image(info, outside)
     images = {info['id']: info for info in content['images']}
     for i, a in enumerate(content['annotations']):
         a = _checked(a, images[a['image_id']])
@@ -222,24 +240,31 @@ class Objects:
                  images, # folder that the file names count from
                  annotations, # COCO's JSON file, or its content as a dict
                  masks=True, # read masks, too
-                 empty=True): # keep images without objects
+                 empty=True, # keep images without objects
+                 outside=False): # whether file names may leave the folder
         self.images = Path(images).expanduser()
         self.masks = masks
-        self.coco = coco_index(annotations)
+        self.bad = {}                                              # number of an image to what is wrong with it
+        self.remarks = None                                        # list of what libraries say about files
+        self.coco = coco_index(annotations, outside)
         self.labels = {c: k + 1 for k, c in enumerate(sorted(self.coco.cats))}
         self.classes = tuple(self.coco.cats[c]['name'] for c in self.labels)
         self.ids = [i for i in sorted(self.coco.imgs) if empty or self.objects(i)]
         if masks:
             self._check_masks()
+    @property
+    def paths(self): return [self.images/self.coco.imgs[i]['file_name'] for i in self.ids]
     def __len__(self): return len(self.ids)
     def __repr__(self):
-        return f"{len(self):,} images with objects of {len(self.classes)} classes from {self.images.name}"
+        where = told(self.images.name)
+        return f"{len(self):,} images with objects of {len(self.classes)} classes from {where}"
     def _check_masks(self):
         "Refuses objects without a mask."
         bare = [a for i in self.ids for a in self.objects(i) if not a.get('segmentation')]
         if bare:
             raise ValueError(
-                f"{len(bare)} objects have no mask, the first in image {bare[0]['image_id']}: "
+                f"{len(bare)} objects have no mask, the first in image {bare[0]['image_id']} "
+                f"({self.coco.imgs[bare[0]['image_id']]['file_name']!r}): "
                 "read boxes only (masks off)")
 
 # %% ../nbs/18_objects.ipynb #18-28
@@ -258,7 +283,9 @@ def objects(self:Objects, image_id):
 def image(self:Objects, i): # (3,H,W)
     "Image i, of the size that its annotation says."
     info = self.coco.imgs[self.ids[i]]
-    x = read_image(self.images/info['file_name'])                  # (3,H,W)
+    if i in self.bad:
+        raise Unreadable(f"cannot read image {info['file_name']!r}: {self.bad[i]}")
+    x = read_quietly(self.images/info['file_name'], self.remarks)  # (3,H,W)
     size = info['height'], info['width']
     if x.shape[1:] != size:
         raise ValueError(
@@ -282,6 +309,13 @@ def __getitem__(self:Objects, i): # image (3,H,W), and boxes (n,4), labels (n,),
         target['masks'] = tv_tensors.Mask(masks.reshape(-1, *size))  # (n,H,W)
     return tv_tensors.Image(image), target
 
+# %% ../nbs/18_objects.ipynb #18-c48775
+@patch
+def scan(self:Objects):
+    "Looks at the beginning of all images; `bad` gets those that can't be read. Returns it."
+    self.bad = {i: w for i, w in enumerate(headers(self.paths)) if isinstance(w, str)}
+    return self.bad
+
 # %% ../nbs/18_objects.ipynb #18-33
 @patch
 def take(self:Objects,
@@ -290,7 +324,7 @@ def take(self:Objects,
     "The same with n images drawn at random."
     chosen = np.random.default_rng(seed).permutation(len(self))[:n or None]
     some = copy.copy(self)
-    some.ids = [self.ids[i] for i in sorted(chosen)]
+    some.ids, some.bad = [self.ids[i] for i in sorted(chosen)], {}
     return some
 
 # %% ../nbs/18_objects.ipynb #18-36
@@ -334,18 +368,25 @@ voc_classes = (
     'train', 'tvmonitor')
 
 def _voc_objects(path, image_id):
-    "Size of an image and its objects, from one XML file."
-    root = ElementTree.parse(path).getroot()
+    "Size of an image and its objects, from one XML file; ValueError with its name."
+    try:
+        return _voc_entries(ElementTree.parse(path).getroot(), image_id)
+    except (ElementTree.ParseError, ValueError, TypeError, OverflowError) as e:
+        raise ValueError(f"{str(path)!r} is no annotation of VOC: {e}") from e
+
+def _voc_entries(root, image_id):
+    "The same from the file's content."
     size = {n: int(root.findtext(f'size/{n}')) for n in ('height', 'width')}
+    _check_image(dict(id=image_id, file_name='') | size, False)
     found = []
     for o in root.findall('object'):
         name = o.findtext('name')
         if name not in voc_classes:
-            raise ValueError(
-                f"{path} names {name!r}, which is none of VOC's classes: "
-                f"{', '.join(voc_classes)}")
+            raise ValueError(f"it names {name!r}, which is none of VOC's classes: {', '.join(voc_classes)}")
         sides = ('xmin', 'ymin', 'xmax', 'ymax')
         left, top, right, bottom = (float(o.findtext(f'bndbox/{n}')) for n in sides)
+        if not _finite([left, top, right, bottom]):
+            raise ValueError(f"a box of {left}, {top}, {right}, {bottom}, they must be finite numbers")
         width, height = right - left + 1, bottom - top + 1         # the last pixel is inside
         found.append(dict(
             image_id=image_id,
@@ -362,7 +403,7 @@ def read_voc(root, # VOCdevkit, the folder with VOC2007 and VOC2012
     root, images, found = Path(root), [], []
     for year, part in parts:
         base = root/f'VOC{year}'
-        for name in (base/'ImageSets'/'Main'/f'{part}.txt').read_text().split():
+        for name in os.fsdecode((base/'ImageSets'/'Main'/f'{part}.txt').read_bytes()).split():
             size, objects = _voc_objects(base/'Annotations'/f'{name}.xml', len(images))
             file = f'VOC{year}/JPEGImages/{name}.jpg'
             images.append(dict(id=len(images), file_name=file) | size)

@@ -25,8 +25,10 @@ from sklearn.linear_model import LogisticRegression
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 from .augment import imagenet_mean, imagenet_std
+from .data import told
 from .model import effective_rank
 from .plot import show_boxes
+from .run import as_dict
 from .scenes import Scenes, scene_classes
 
 # %% ../nbs/16_probe.ipynb #16-09
@@ -495,13 +497,17 @@ def feature_health(f, # (n,C) or (n,C,h,w)
 # %% ../nbs/16_probe.ipynb #16-96
 def _read_result(path):
     "One result file as a dict; raises ValueError if it is none."
-    try:
-        result = json.loads(path.read_text())
-        missing = {'task', 'data', 'variant', 'seed'} - result.keys()
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as e:
-        raise ValueError(f"{str(path)!r} is no result: {e}") from e
+    result = as_dict(path.read_bytes(), f"{str(path)!r} is no result: it")
+    kinds = dict(task=str, data=str, variant=str, seed=int)
+    missing = sorted(kinds.keys() - result.keys())
     if missing:
-        raise ValueError(f"{str(path)!r} is no result: it has no {', '.join(sorted(missing))}")
+        raise ValueError(f"{str(path)!r} is no result: it has no {', '.join(missing)}")
+    none = type(None)
+    kinds |= dict(epochs=(int, none), settings=(dict, none))
+    kinds |= {name: (int, float, none) for name in score_names}
+    for name, kind in kinds.items():
+        if name in result and not isinstance(result[name], kind):
+            raise ValueError(f"{str(path)!r} is no result: its {name} is {str(result[name])[:60]!r}")
     return result
 
 # %% ../nbs/16_probe.ipynb #16-97
@@ -535,7 +541,7 @@ _not_compared = {'seed', 'checkpoint', 'compare', 'data', 'out', 'workers', 'pro
 def _task(result):
     "Task and data of a result in words."
     data = result['data'].rstrip('/').split(':')[-1]
-    return f"{result['task']} {Path(data).name or result['data']}"
+    return f"{result['task']} {told(Path(data).name or result['data'])}"
 
 def _task_with_settings(result, results):
     "The same, followed by the settings that differ between the results of this task."
@@ -562,8 +568,10 @@ def _method(result, results):
 # %% ../nbs/16_probe.ipynb #16-102
 def read_results(folder):
     "All results below a folder as a long table: task, variant, seed, score, value, epochs."
-    results = [_read_result(path) for path in sorted(Path(folder).rglob('result*.json'))]
-    rows = []
+    results, rows = [], []
+    for path in sorted(Path(folder).rglob('result*.json')):
+        try: results.append(_read_result(path))
+        except ValueError as e: warnings.warn(f'passed over: {e}')
     for result in results:
         about = dict(task=_task_with_settings(result, results),
                      variant=_method(result, results),

@@ -13,6 +13,7 @@ __all__ = ['SEGMENT_RECIPES', 'paint', 'class_legend', 'SegmentConfig', 'segment
 # %% ../nbs/17_segment.ipynb #17-02
 import json
 import math
+import os
 import time
 import warnings
 from collections import OrderedDict
@@ -35,13 +36,14 @@ from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.transforms import v2
 from .augment import imagenet_mean, imagenet_std
 from .config import RunConfig, check, check_out, default_out, param, resolve, variant
-from .distributed import (device, gather_objects, main, rank, share_buffers, shared,
-                                sum_over_processes, world)
+from .data import refuse_bad, told
+from .distributed import (device, gather_objects, main, once_a_machine, rank,
+                                share_buffers, shared, sum_over_processes, world)
 from .encoder import feature_shape, is_own, make_backbone
 from .labelled import open_labelled, which_labelled
 from .model import mean_over_processes
 from .probe import scores
-from .run import (Run, autocast, fingerprint, keep_memory, loader_workers, loading,
+from .run import (Replacing, Run, autocast, fingerprint, keep_memory, loader_workers, loading,
                         make_optimizer, precision, read_file, read_run, step_if_finite,
                         trained_backbone)
 
@@ -71,7 +73,7 @@ class SegmentConfig(RunConfig):
     recipe: str = param('auto', "its name, 'auto' for the one of the data",
                         ('auto', 'voc12aug', 'cityscapes', 'ade20k', 'small'))
     compare: bool = param(False, 'the same again from random weights, in out/random')
-    seed: int = param(0, 'of the head, the order and the augmentation', least=0)
+    seed: int = param(0, 'of the head, the order and the augmentation', least=0, most=2**42)
     backbone: str = param('resnet50', 'torchvision or timm model, or your own as module:function')
     stride: int = param(0, "pixels per cell, 0 for the network's own last map", least=0)
     output_stride: int = param(8, 'pixels per cell wanted, by dilation', least=1)
@@ -137,7 +139,7 @@ def _take_backbone(config, given):
 
 def _run_name(config):
     "What a run folder is called if no name is given."
-    last = lambda path: Path(path).expanduser().resolve().name
+    last = lambda path: os.fsencode(Path(path).expanduser().resolve().name).decode(errors='replace')
     data = last(config.data.split(':')[-1])
     weights = last(config.checkpoint) if config.checkpoint else 'random'
     return f'segment-{data}-{weights}-seed{config.seed}'
@@ -149,6 +151,14 @@ def _few(data, n, seed):
                          f'{len(data)}, got {n}')
     drawn = np.random.default_rng(seed).permutation(len(data))[:n].tolist()
     return Subset(data, drawn) if n else data
+
+def _scanned(data, most): # labelled images, largest fraction of damaged ones
+    "The data after a look at the beginning of their files; ValueError if too many are damaged."
+    if hasattr(data, 'scan'):
+        data.bad = once_a_machine(data.scan)
+        refuse_bad(data, most)
+    return data
+
 def _open(config, split, n):
     "The labelled images of a split; n is how many built-in scenes are drawn."
     classes = config.classes or None
@@ -166,10 +176,10 @@ def configure_segment(**given): # parameters by name, None for those not given
     config.compare = config.compare and bool(config.checkpoint)
     config.out = config.out or default_out(_run_name(config))
     check_out(config.out)
-    train = _open(config, config.train_split, config.labelled or 200)
+    train = _scanned(_open(config, config.train_split, config.labelled or 200), .01)
     config.classes = train.classes
     train = _few(train, config.labelled, config.seed)
-    val = _open(config, config.val_split, config.test or 100)
+    val = _scanned(_open(config, config.val_split, config.test or 100), 0)
     return config, train, val
 
 # %% ../nbs/17_segment.ipynb #17-19
@@ -207,6 +217,7 @@ class Augmented:
     def __init__(self, data, # items (image, label) as those of `LabelledImages`
                  config): # SegmentConfig
         self.data, self.seed = data, config.seed
+        self.items = Replacing(data, config.seed, config.out, lambda i: image_name(data, i))
         self.augment = make_augmentation(config)
         self.epoch = -1                                            # whose order is known
     def index(self, p):
@@ -220,7 +231,7 @@ class Augmented:
     def __getitem__(self, p):
         state = torch.get_rng_state()
         with one_thread():
-            image, label = self.data[self.index(p)]
+            image, label = self.items[self.index(p)]
             torch.default_generator.manual_seed(step_seed(self.seed, p))
             image, label = self.augment(tv_tensors.Image(image), tv_tensors.Mask(label))
         torch.set_rng_state(state)
@@ -518,7 +529,7 @@ def run_and_score(name, config, train, val): # of the weights, SegmentConfig, la
     "One run to its end and its score, left in result.json."
     if rank() == 0:
         print(f'from {name} weights: {config.iterations} steps of {config.batch} crops, '
-              f'{len(train):,} images, on {world()} x {device()}; run folder {config.out}', flush=True)
+              f'{len(train):,} images, on {world()} x {device()}; run folder {told(config.out)}', flush=True)
     model = make_segmenter(config, val.classes).to(device())
     log = fine_tune(model, train, config)
     begun = time.time()

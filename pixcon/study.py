@@ -31,6 +31,7 @@ from .matching import match_health, match_sim, overlap
 from .plot import colours
 from .probe import (kmeans_score, knn_segment, labelled_features, linear_probe,
                           logistic_probe, read_results, score_names, variant_names)
+from .run import as_dict
 from .training import Pretraining, configure
 
 # %% ../nbs/22_study.ipynb #22-05
@@ -205,7 +206,7 @@ def remember(folder, given): # dict of the runs' other parameters
     "Writes study.json, or raises ValueError if the study that is there has other parameters."
     path = Path(folder)/'study.json'
     given = given | dict(data=Path(given.get('data') or 'scenes').name)  # wherever that lies
-    there = json.loads(path.read_text()) if path.exists() else given
+    there = as_dict(path.read_bytes(), repr(str(path))) if path.exists() else given
     names = sorted((there.keys() | given.keys()) - _may_differ)
     pairs = [(n, there.get(n), given.get(n)) for n in names]
     other = '; '.join(f'{n} {was!r}, now {now!r}' for n, was, now in pairs if was != now)

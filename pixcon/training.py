@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ema_momentum', 'learning_rate', 'configure', 'known_epochs', 'Batches', 'Pretraining', 'build_model', 'compiles',
-           'enqueued_view', 'kept_by_forward', 'memory', 'free_memory', 'too_large', 'out_of_memory', 'cached', 'drawn',
-           'item_bytes', 'note_source', 'seconds_per_step', 'epochs_in_hours', 'pretrain']
+           'enqueued_view', 'kept_by_forward', 'memory', 'free_memory', 'too_large', 'out_of_memory',
+           'refuse_too_large', 'cached', 'drawn', 'item_bytes', 'note_source', 'seconds_per_step', 'epochs_in_hours',
+           'pretrain']
 
 # %% ../nbs/12_training.ipynb #12-02
 import copy
@@ -19,6 +20,7 @@ import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -27,14 +29,14 @@ from .augment import (FileViews, Photometric, Resident, TwoViews, collate_files,
                             cut_files)
 from .config import (RECIPES, PretrainConfig, check, check_out, default_out, resolve,
                            variant)
-from .data import Cached, device_decoder, refuse_bad, scan
+from .data import Cached, device_decoder, refuse_bad, scan, told
 from .distributed import (device, gather_objects, gather_tensor, local_rank, main,
                                 once_a_machine, rank, shared, world)
 from .encoder import (backbone_source, check_backbone, feature_shape, is_own, library_weights,
                             make_backbone)
 from .loss import default_queue, uninformed_loss
 from .model import PixCon, mean_over_processes
-from .run import (Run, append_line, autocast, fingerprint, keep_memory, loader_workers,
+from .run import (Run, append_line, as_dict, autocast, fingerprint, keep_memory, loader_workers,
                         loading, make_optimizer, precision, read_lines, step_if_finite,
                         write_tensors)
 from .scenes import Scenes, open_images
@@ -60,7 +62,7 @@ _rates = dict(sgd=dict(lr=.4, weight_decay=1e-4), adamw=dict(lr=1e-3, weight_dec
 def _run_name(c, images):
     "Data, variant, epochs and seed as the name of a folder."
     last = c.data.rstrip(os.sep).split(os.pathsep)[0]
-    data = Path(last).name.replace('*', '') or 'images'
+    data = os.fsencode(Path(last).name.replace('*', '')).decode(errors='replace') or 'images'
     if isinstance(images, Scenes): data = 'scenes'
     usual = c.dense_start == RECIPES[c.recipe].get('dense_start', 0.) or not c.dense_weight
     late = '' if usual else f'-from{c.dense_start:g}'
@@ -100,6 +102,7 @@ def configure(processes=1, # that will share each batch, for `hours`
     if c.batch > len(images):
         n = len(images)
         raise ValueError(f'batch must be at most the number of images, {n}, got {c.batch}')
+    refuse_too_large(c, images)
     c.out = c.out or default_out(_run_name(c, images))
     check_out(c.out)
     if hasattr(images, 'bad'):
@@ -114,7 +117,11 @@ def configure(processes=1, # that will share each batch, for `hours`
 def known_epochs(out):
     "Epochs of the run in a folder, None if there is none."
     path = Path(out)/'config.json'
-    return json.loads(path.read_text())['epochs'] if path.exists() else None
+    if not path.exists(): return None
+    epochs = as_dict(path.read_bytes(), repr(str(path))).get('epochs')
+    if type(epochs) is int and epochs > 0: return epochs
+    raise ValueError(f'{str(path)!r} has epochs {str(epochs)[:60]!r}, '
+                     'a whole number of at least 1 was written')
 
 # %% ../nbs/12_training.ipynb #12-14
 class Batches:
@@ -160,6 +167,7 @@ class Pretraining:
         self.scaler = torch.amp.GradScaler(self.device, enabled=self.dtype == torch.float16)
         self.photometric = Photometric(sigma=(.1, config.blur_sigma)).to(self.device)
         parts = dict(model=self.model, optimizer=self.optimizer, scaler=self.scaler)
+        if hasattr(images, 'remarks'): images.remarks = Path(config.out)/'remarks.txt'
         identity = dict(images=fingerprint(self.names()))
         self.run = Run(config, parts, total, identity, _may_differ,
                        config.save_epochs*self.steps_per_epoch, rank(), gather_objects)
@@ -292,10 +300,10 @@ def kept_by_forward(training, images=2):
     "Bytes that a forward pass of the online encoder keeps for its backward pass, weights left out."
     size = training.config.size
     encoder, kept = copy.deepcopy(training.model.online), {}
-    own = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
+    own = {p.untyped_storage()._cdata for p in encoder.parameters()}  # on meta there is no data_ptr
     def keep(t):
         storage = t.untyped_storage()
-        if storage.data_ptr() not in own: kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in own: kept[storage._cdata] = storage.nbytes()
         return t
     blank = torch.zeros(images, 3, size, size, device=training.device)
     keeping = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
@@ -340,6 +348,34 @@ def out_of_memory(training, processes=1):
     n = training.config.accumulate
     usual = f'a step does not fit into the memory: try accumulate {2*n}'
     return too_large(training, processes) or usual
+
+# %% ../nbs/12_training.ipynb #12-0cd945
+def _estimate(c): # PretrainConfig
+    "Bytes that a part of a step of two images would take; 0 where a model can't tell."
+    try:
+        with torch.device('meta'): model = build_model(c)
+        held, image = memory(SimpleNamespace(config=c, model=model, device='meta', dtype=None))
+        if precision(c.amp, device()): image /= 2
+    except Exception: return 0                                     # it is made, and complains, later
+    return held + 2*image
+
+_small = dict(queue=1024, hidden=256, dim=64, size=64)
+
+def refuse_too_large(c, images, room=None): # PretrainConfig, bytes there are, None for what is free
+    "Raises ValueError for sizes that fit with no `accumulate`, and says how much they need."
+    where, free = device(), room or free_memory('cpu') or math.inf
+    scenes = isinstance(images, Scenes)
+    needs = dict(scene_size=scenes*250*c.scene_size**2, scenes=scenes*16*c.scenes)
+    name = max(needs, key=needs.get)
+    need = needs[name]
+    if need <= free and 8*c.queue*c.dim + 64*c.hidden*c.dim + 48*c.size**2 > 5e7:
+        need, free = _estimate(c), room or free_memory(where) or math.inf
+        if need > free:
+            least = {n: _estimate(replace(c, **{n: v})) for n, v in _small.items()}
+            name = min(least, key=least.get)
+    if need <= free: return
+    raise ValueError(f'{need/1e9:,.1f} GB would be needed and {free/1e9:,.1f} GB '
+                     f'of {where} memory are free: lower {name}, got {getattr(c, name)}')
 
 # %% ../nbs/12_training.ipynb #12-40
 @patch
@@ -473,7 +509,7 @@ def finish(self:Pretraining):
     if rank(): return
     weights = library_weights(self.model.online.backbone, self.config.backbone)
     weights = {n: t.contiguous().cpu() for n, t in weights.items()}
-    about = {n: str(v) for n, v in asdict(self.config).items()}
+    about = {n: told(str(v)) for n, v in asdict(self.config).items()}
     about |= dict(step=str(self.run.step), encoder='online', config=json.dumps(asdict(self.config)))
     write_tensors(self.run.out/'backbone.safetensors', weights, about)
 
@@ -487,8 +523,8 @@ def note_source(config, run):
     "Writes where a network of one's own comes from to source.json; tells if its file has changed since."
     now, path = backbone_source(config.backbone, config.part), run.out/'source.json'
     if not now: return
-    then = json.loads(path.read_text()) if run.step and path.exists() else now
-    if then['sha256'] != now['sha256']:
+    then = as_dict(path.read_bytes(), repr(str(path))) if run.step and path.exists() else now
+    if then.get('sha256') != now['sha256']:
         print(f"{now['file']} has changed since step 0; "
               "its parameters have the same names and shapes", flush=True)
     else: path.write_text(json.dumps(now, indent=1))
@@ -498,7 +534,7 @@ def begin(self:Pretraining):
     "Makes the folder or continues from it."
     self.run.begin()
     if rank() == 0: note_source(self.config, self.run)
-    self.unread = {line['number']: line['why'] for line in read_lines(self.unread_file())}
+    self.unread = {line.get('number'): line.get('why') for line in read_lines(self.unread_file())}
 
 @patch
 def note_unread(self:Pretraining, parts):
@@ -555,7 +591,7 @@ def pretrain(**given): # parameters by name
     run = training.run
     if rank() == 0:
         print(f'{training.images}; {run.total} steps of {training.config.batch} images '
-              f'on {world()} x {training.device}; run folder {run.out}', flush=True)
+              f'on {world()} x {training.device}; run folder {told(run.out)}', flush=True)
     return training.fit()
 
 # %% ../nbs/12_training.ipynb #12-73

@@ -454,10 +454,11 @@ def test_runs_that_differ_are_not_averaged(tmp_path):
 
 @pytest.mark.parametrize('text', ['{"task": "probe"}', '{"task": ', '[1, 2]', '\x00'])
 def test_other_files_are_named(tmp_path, text):
-    "A file of that name which is no result."
+    "A file of that name which is no result is passed over, the others are read."
     leave(tmp_path, miou=1.).write_text(text)
-    with pytest.raises(ValueError, match=r'result.json. is no result'):
-        read_results(tmp_path)
+    leave(tmp_path, miou=2.)
+    with pytest.warns(UserWarning, match=r'passed over: .*result.json. is no result'):
+        assert read_results(tmp_path)['value'].tolist() == [2.]
 
 
 def test_probe_result_is_measured_once(tmp_path):
@@ -492,6 +493,7 @@ def results_notebook(folder, **parameters):
     (dict(runs='/no/such/folder'), "'/no/such/folder' is no folder"),
     ({}, "'nbs/studies' is no folder"),
     (dict(run='.'), "unknown parameter"),
+    (dict(runs='.', height='abc'), "height must be a whole number of at least 1, got 'abc'"),
 ])
 def test_notebook_stops_without_runs(tmp_path, wrong, message):
     "A folder that is not there and a misspelt parameter are errors, and nothing is written."
