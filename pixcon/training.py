@@ -139,7 +139,7 @@ class Batches:
         return np.random.default_rng((self.seed, epoch, 0, 2)).permutation(self.n)
 
 # %% ../nbs/12_training.ipynb #12-17
-_may_differ = ('accumulate', 'save_epochs', 'data', 'epochs', 'compile', 'deterministic',
+_may_differ = ('accumulate', 'save_epochs', 'board_epochs', 'data', 'epochs', 'compile', 'deterministic',
                'cache', 'decode', 'warmup_epochs', 'hours', 'recipe')
 
 class Pretraining:
