@@ -29,6 +29,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 import torch
 from fastcore.basics import patch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from .encoder import kept_weights, library_weights, make_backbone
@@ -530,8 +531,8 @@ def _looked_at():
     kernel = _kernel()
     return bool(kernel) and 'cellId' in kernel.get_parent().get('metadata', {})
 
-_panels = [['loss', 'loss_uninformed'], ['loss_image', 'loss_dense'],
-           ['match_true', 'match_true_if_stuck', 'match_own_place'], ['images_per_s']]
+_panels = [['loss', 'loss_uninformed'], ['match_true', 'match_true_if_stuck', 'match_own_place'],
+           ['images_per_s']]
 
 def curves_png(log, panels=_panels, most=300): # list of dicts, columns of each axes, points of a curve
     "Curves of what the log has of these columns, the bytes of a PNG."
@@ -541,11 +542,18 @@ def curves_png(log, panels=_panels, most=300): # list of dicts, columns of each 
     few = [line for lines in (log, health) for line in lines[::max(1, len(lines)//most)]]
     names = {name for line in few for name in line}
     panels = [[name for name in panel if name in names] for panel in panels]
-    axes = show_curves(sorted(few, key=lambda line: line['step']), [p for p in panels if p])
+    axes = show_curves(sorted(few, key=lambda line: line['step']), [p for p in panels if p], size=2.9)
+    for ax in axes:
+        if not ax.get_legend(): continue
+        low, high = ax.get_ylim()
+        ax.set_ylim(low, high + .5*(high - low))                   # room for the legend
+        ax.get_legend().set_loc('upper right')
     file = io.BytesIO()
     axes[0].figure.savefig(file, format='png')
     plt.close(axes[0].figure)
-    return file.getvalue()
+    small = io.BytesIO()                                           # a quarter of the bytes
+    Image.open(file).convert('RGB').quantize(128).save(small, 'png', optimize=True)
+    return small.getvalue()
 
 # %% ../nbs/10_run.ipynb #10-a2db92
 @patch
@@ -571,9 +579,10 @@ def progress(self:Run, line):
     found = verdict(self.lines)
     words = [self.how_far(line), *(f'{name}: {why}' for name, why in found.items())]
     if draws:
+        again = self.display is not None                           # the first also imports
         self.draw(words)
         self.drawn = time.time()
-        self.drawing = self.drawn - now
+        if again: self.drawing = self.drawn - now
     if prints:
         news = found.keys() - {'healthy', 'too early to tell'} and found.keys() != self.said
         print('\n  '.join(words if news else words[:1]), flush=True)

@@ -26,7 +26,7 @@ def test_trains_and_continues(tmp_path):
     assert first.returncode == 0, first.stderr[-3000:]
     run, = (tmp_path/'runs').iterdir()
     assert run.name == 'scenes-sr-2ep-seed0'
-    files = {'backbone.safetensors', 'checkpoint.pt', 'config.json', 'figures', 'log.jsonl', 'summary.json'}
+    files = {'backbone.safetensors', 'boards', 'checkpoint.pt', 'config.json', 'figures', 'log.jsonl', 'summary.json'}
     assert {p.name for p in run.iterdir()} == files
     pictures = {'views.png', 'loss.png', 'shortcut.png', 'health.png', 'matches.png', 'probe.png'}
     assert {p.name for p in (run/'figures').iterdir()} == pictures
