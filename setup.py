@@ -10,5 +10,5 @@ cfg = config['DEFAULT']
 setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], author=cfg['author'],
       license='Apache-2.0', url=cfg['git_url'], packages=[cfg['lib_path']], package_data={cfg['lib_name']: ['trained/*']},
       python_requires='>=' + cfg['min_python'],
-      install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split()},
+      install_requires=cfg['requirements'].split(), extras_require={name: cfg[f'{name}_requirements'].split() for name in ('dev', 'track')},
       long_description=Path('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown')

@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'LIMITS', 'write_checkpoint', 'write_tensors', 'load_pth', 'read_file', 'append_line', 'read_lines',
            'read_log', 'precision', 'autocast', 'loader_workers', 'loading', 'keep_memory', 'make_optimizer',
            'step_if_finite', 'load_optimizer', 'Run', 'check_format', 'cut_lines', 'in_words', 'verdict', 'curves_png',
-           'TensorBoard', 'WandB', 'find_trackers', 'fingerprint', 'read_run', 'trained_backbone']
+           'as_page', 'TensorBoard', 'WandB', 'find_trackers', 'fingerprint', 'read_run', 'trained_backbone']
 
 # %% ../nbs/10_run.ipynb #10-02
 import base64
@@ -468,7 +468,7 @@ def _gains(log, n):
 def _diverging(log):
     "What is wrong if the loss is not finite any more, or has lost half of what it had gained; else ''."
     n = max(LIMITS['lines'][0], len(log)//20)
-    if not any(math.isfinite(line['loss']) for line in log[-n:]): return 'the loss is not finite'
+    if log and not any(math.isfinite(line['loss']) for line in log[-n:]): return 'the loss is not finite'
     gains = _gains(log, n)
     if len(gains) < 3: return ''
     best, first, now = max(gains), gains[0], gains[-1]
@@ -556,15 +556,19 @@ def curves_png(log, panels=_panels, most=300): # list of dicts, columns of each 
     return small.getvalue()
 
 # %% ../nbs/10_run.ipynb #10-a2db92
+def as_page(words, picture, done, total): # lines of text, bytes of a PNG, how far of how much
+    "A bar, words and a picture, as `display(..., raw=True)` takes them."
+    said = '<br>'.join(map(html.escape, words))
+    image = base64.b64encode(picture).decode()
+    page = (f'<progress value="{done}" max="{total}" style="width:100%"></progress><br>{said}<br>'
+            f'<img alt="curves" src="data:image/png;base64,{image}">')
+    return {'text/plain': '\n'.join(words), 'text/html': page}
+
 @patch
 def draw(self:Run, words): # lines of text
     "Bar, words and curves in this run's display."
     from IPython.display import display
-    picture = base64.b64encode(curves_png(self.lines)).decode()
-    said = '<br>'.join(map(html.escape, words))
-    page = (f'<progress value="{self.step}" max="{self.total}" style="width:100%"></progress><br>{said}<br>'
-            f'<img alt="curves" src="data:image/png;base64,{picture}">')
-    shown = {'text/plain': '\n'.join(words), 'text/html': page}
+    shown = as_page(words, curves_png(self.lines), self.step, self.total)
     if self.display: self.display.update(shown, raw=True)
     else: self.display = display(shown, raw=True, display_id=True)
 

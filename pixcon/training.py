@@ -628,7 +628,7 @@ def colours_of(features): # list of (n,2,S,c) over time
     basis = torch.linalg.eigh(flat.double().T @ flat.double())[1][:, -3:].flip(1).float()  # (c,3)
     basis = basis*basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
     scores = flat @ basis                                          # (cells of all boards,3)
-    reach = 2.5*scores.std(0)
+    reach = 2*scores.std(0)
     return (scores/reach/2 + .5).clamp(0, 1).view(*every.shape[:4], 3)
 
 def read_boards(out): # run folder
@@ -657,21 +657,23 @@ def mark_cell(ax, cell, grid, size, text=''): # axes of a view, flat number, (h,
     ax.text(corner[0] + (size/w*1.15 if right else -size/w*.15), corner[1] + size/h/2, text, color='w', fontsize=12,
             weight='bold', va='center', ha='left' if right else 'right', bbox=dict(fc='k', ec='none', pad=1.5))
 
-def show_pair(axes, pairs, board, i=0, titles=True): # six axes, as from `read_boards`, which pair
-    "Draws one pair of a board: matches, weights, similarity to the cells A and B, features of both views."
+def show_pair(axes, pairs, board, i=0, titles=True): # axes by name, as from `read_boards`, which pair
+    "Draws one pair of a board: matches, weights, similarity to the cell A (and B), features of both views."
     from pixcon.plot import show_heat, show_image, show_matches
     (h, w), view, cells = pairs['grid'], pairs['view'][i], pairs['cells'][i]
-    matches, weight, a, b, *coloured = axes
     grey = view.float().mean(1, keepdim=True).expand(-1, 3, -1, -1)/255  # (2,3,s,s)
     def title(text): return text if titles else ''
-    show_matches(*view, board['index'][i, 0].long(), (h, w), n=8, ax=matches, title=title('positives'))
-    show_heat(grey[0], board['weights'][i, 0].view(h, w), weight, title('weights of view 1'), alpha=.65)
-    for letter, ax, cell, similarity in zip('AB', (a, b), cells, board['maps'][i]):
-        mark_cell(weight, cell, (h, w), view.shape[-1], letter)
-        show_heat(grey[1], similarity.view(h, w), ax, title(f'similarity to {letter}'), alpha=.75, cmap='viridis')
-        mark_cell(ax, similarity.argmax(), (h, w), view.shape[-1])
-    for v, ax in enumerate(coloured):
-        show_image(board['colours'][i, v].view(h, w, 3), ax, title(f'features of view {v+1}'))
+    show_matches(*view, board['index'][i, 0].long(), (h, w), board['inside'][i, 0], n=8, ax=axes['matches'],
+                 title=title('positives of shared cells'))
+    show_heat(grey[0], board['weights'][i, 0].view(h, w), axes['weights'], title('weights of view 1'), alpha=.65)
+    for letter, cell, similarity in zip('AB', cells, board['maps'][i]):
+        if letter not in axes: continue
+        mark_cell(axes['weights'], cell, (h, w), view.shape[-1], letter)
+        show_heat(grey[1], similarity.view(h, w), axes[letter], title(f'similarity to {letter}'),
+                  alpha=.75, cmap='viridis')
+        mark_cell(axes[letter], similarity.argmax(), (h, w), view.shape[-1])
+    for v, name in enumerate(('view 1', 'view 2')):
+        show_image(board['colours'][i, v].view(h, w, 3), axes[name], title(f'features of {name}'))
 
 def show_board(pairs, board, n=None): # as from `read_boards`, how many pairs, all if None
     "Draws a board, one row for each pair, and returns the figure."
@@ -679,7 +681,8 @@ def show_board(pairs, board, n=None): # as from `read_boards`, how many pairs, a
     n = n or len(pairs['view'])
     fig, axes = plt.subplots(n, 6, figsize=(15.5, 2.15*n + .5), dpi=72, squeeze=False,
                              width_ratios=[2.25, 1, 1, 1, 1, 1], layout='constrained')
-    for i, row in enumerate(axes): show_pair(row, pairs, board, i, titles=not i)
+    names = 'matches', 'weights', 'A', 'B', 'view 1', 'view 2'
+    for i, row in enumerate(axes): show_pair(dict(zip(names, row)), pairs, board, i, titles=not i)
     fig.suptitle(f"epoch {board['epoch']:g}", fontsize=12)
     return fig
 
