@@ -675,6 +675,7 @@ def show_pair(axes, pairs, board, i=0, titles=True): # axes by name, as from `re
     for v, name in enumerate(('view 1', 'view 2')):
         show_image(board['colours'][i, v].view(h, w, 3), axes[name], title(f'features of {name}'))
 
+# %% ../nbs/12_training.ipynb #12-4be9f3
 def show_board(pairs, board, n=None): # as from `read_boards`, how many pairs, all if None
     "Draws a board, one row for each pair, and returns the figure."
     import matplotlib.pyplot as plt
