@@ -134,7 +134,7 @@ class PretrainConfig(RunConfig):
     decode: str = param('cpu', "what decodes files, 'device' the GPU where it can", ('cpu', 'device'))
     cache_size: int = param(0, 'short side of images kept on the device, 0 as they are', least=0)
     save_epochs: int = param(10, 'epochs between two checkpoints, 0 for by time only', least=0)
-    board_epochs: int = param(20, 'epochs between two pictures of the same pairs, 0 for none', least=0)
+    board_epochs: int = param(20, 'epochs between pictures of the same pairs, 0 for none', least=0)
 
 # %% ../nbs/09_config.ipynb #09-22
 RECIPES = dict(

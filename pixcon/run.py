@@ -204,7 +204,8 @@ class Run:
                  rank=0, gather=None): # of this process, function that gives a thing of each process
         self.config, self.parts, self.total = config, parts, total
         self.identity = identity or {}
-        self.may_differ = {'out', 'amp', 'workers', 'log_steps', 'save_minutes', 'track', *may_differ}
+        free = {'out', 'amp', 'workers', 'log_steps', 'save_minutes', 'track'}
+        self.may_differ = free | set(may_differ)
         self.save_steps, self.rank = save_steps, rank
         self.gather = gather or (lambda thing: [thing])
         self.out = Path(config.out)
@@ -214,9 +215,9 @@ class Run:
         self.skipped = 0                                           # steps left out, in all
         self.consecutive_skips = 0                                 # and since the last good one
         self.pending = []                                          # (good, names) of steps to check
-        self.lines = []                                            # of the log so far, first process only
-        self.display = self.said = None                            # picture in a notebook, last verdict
-        self.drawing = 0.                                          # seconds that the picture took: a twentieth of the run at most
+        self.lines = []                                            # of the log, in the first process
+        self.display = self.said = None                            # in a notebook, last verdict
+        self.drawing = 0.                                          # seconds that drawing took
         find_trackers(config.track)
 
 # %% ../nbs/10_run.ipynb #10-31
@@ -289,7 +290,7 @@ def begin(self:Run):
     self.began = self.printed = self.saved = self.drawn = time.time()
     self.began -= self.seconds
     self.since = self.step, time.time()
-    self.recent = deque([self.since], maxlen=20)                   # steps and times of the last lines
+    self.recent = deque([self.since], maxlen=20)                   # steps and times of lines
     self.statistics = [b.clone() for b in self.running()]
     if self.rank: return
     if state: print(f'continuing {self.out} at step {self.step} of {self.total}', flush=True)
@@ -430,7 +431,8 @@ def time_left(self:Run):
 def how_far(self:Run, line):
     "How far the run is, the loss, and how long it will take, as one line."
     epoch = f", epoch {line['epoch']:.1f}" if 'epoch' in line else ''
-    left = f'{in_words(self.time_left())} left' if self.step < self.total else f'{in_words(self.seconds)} in all'
+    left = f'{in_words(self.time_left())} left'
+    if self.step == self.total: left = f'{in_words(self.seconds)} in all'
     return (f"step {self.step}/{self.total}{epoch}: loss {line['loss']:.3f}, "
             f"{line['images_per_s']:.0f} images/s, {left}")
 
@@ -442,10 +444,10 @@ def log(self:Run):
 # %% ../nbs/10_run.ipynb #10-70a876
 LIMITS = dict(
     lines=(5, 'lines at least that a mean is taken over: one batch says little'),
-    lost=(.5, 'of what the loss had gained. Noise takes back less, a rate that is too high takes all'),
-    skipped=(.01, 'of the steps. fp16 leaves out one in 2,000 when its loss scaler tries a larger scale'),
+    lost=(.5, 'of what the loss had gained. Noise takes back less, too high a rate takes all'),
+    skipped=(.01, 'of the steps. The loss scaler of fp16 tries a larger scale once in 2,000'),
     waiting=(.2, 'of the time. Without this wait the run would take a fifth less'),
-    spread=(.2, 'of the standard deviation that evenly spread keys have; where all keys are equal it is 0'),
+    spread=(.2, 'of the deviation that evenly spread keys have; where all are equal it is 0'),
     rank=(2., 'directions that the keys use. With fewer, images differ by one number only'),
     stuck=(.3, 'of the cells more than is right match the place they are at themselves. '
                'Random networks are above, trained ones below (next cell)'),
@@ -457,18 +459,20 @@ def _newest(log, name, n=LIMITS['lines'][0]):
     return sum(values)/len(values) if values else math.nan
 
 def _gains(log, n):
-    "Means over n lines each, up to the last, of how far the loss is below that of queries that know nothing."
+    "Means over n lines each, up to the last, of how far the loss is below loss_uninformed."
     waiting = [i for i, line in enumerate(log) if line.get('loss_dense') == 0]
-    begun = waiting[-1] + 1 if waiting else 0                      # the dense loss begins another curve
+    begun = waiting[-1] + 1 if waiting else 0                      # the dense loss is another curve
     lines = log[begun:] if begun < len(log) else log
-    gain = [line.get('loss_uninformed', 0.) - line['loss'] for line in lines if math.isfinite(line['loss'])]
+    lines = [line for line in lines if math.isfinite(line['loss'])]
+    gain = [line.get('loss_uninformed', 0.) - line['loss'] for line in lines]
     return [sum(gain[i:i+n])/n for i in range(len(gain) % n, len(gain), n)]
 
 # %% ../nbs/10_run.ipynb #10-68b19a
 def _diverging(log):
-    "What is wrong if the loss is not finite any more, or has lost half of what it had gained; else ''."
+    "What is wrong if the loss is not finite, or has lost half of what it had gained; else ''."
     n = max(LIMITS['lines'][0], len(log)//20)
-    if log and not any(math.isfinite(line['loss']) for line in log[-n:]): return 'the loss is not finite'
+    finite = [math.isfinite(line['loss']) for line in log[-n:]]
+    if log and not any(finite): return 'the loss is not finite'
     gains = _gains(log, n)
     if len(gains) < 3: return ''
     best, first, now = max(gains), gains[0], gains[-1]
@@ -479,15 +483,15 @@ def _diverging(log):
 def _collapsed(log):
     "What is wrong if keys are nearly all alike; else ''."
     spread, rank = _newest(log, 'spread', 3), _newest(log, 'rank', 3)
-    if spread < LIMITS['spread'][0]: return f'the keys have {spread:.0%} of the spread they could have'
+    if spread < LIMITS['spread'][0]: return f'the keys have {spread:.0%} of their possible spread'
     if rank < LIMITS['rank'][0]: return f'the keys use {rank:.1f} directions'
     return ''
 
 def _stuck(log):
-    "What is wrong if cells match their own place in the view much more often than is right; else ''."
+    "What is wrong if cells match their own place much more often than is right; else ''."
     own, right = (_newest(log, f'match_own_place{n}', 3) for n in ('', '_if_right'))
     if not own - right > LIMITS['stuck'][0]: return ''
-    return f'{own:.0%} of the cells match the place they are at themselves, {right:.0%} would be right'
+    return f'{own:.0%} of the cells match their own place in the view, {right:.0%} would be right'
 
 def _skips(log):
     "How many of the newest steps were left out, if too many; else ''."
@@ -503,7 +507,8 @@ def verdict(log): # list of dicts, as from `read_log`
         if what: found[name] = f'{what}; {advice}'
     say('diverging', _diverging(log), 'lower lr, or warm up for longer')
     say('collapse suspected', _collapsed(log), 'lower lr, or raise target_momentum')
-    say('skipped steps', _skips(log) if log else '', 'skipped.jsonl names the images; lower lr or set amp to off')
+    say('skipped steps', _skips(log) if log else '',
+        'skipped.jsonl names the images; lower lr or set amp to off')
     say('matches stuck to their own place', _stuck(log),
         'random networks begin so; if it lasts, features tell the place by the zeros at the border')
     wait = _newest(log, 'data_wait')
@@ -511,14 +516,16 @@ def verdict(log): # list of dicts, as from `read_log`
         if wait > LIMITS['waiting'][0] else '', 'more workers, or cache ram or device')
     filling = [line['loss_uninformed'] for line in log[-2:] if 'loss_uninformed' in line]
     if len(filling) > 1 and filling[1] > filling[0]:
-        found['queue still filling'] = 'the loss rises with the number of negatives; look at its distance to loss_uninformed'
+        found['queue still filling'] = ('the loss rises with the number of negatives; '
+                                        'look at its distance to loss_uninformed')
     if found: return found
     if len(log) < least: return {'too early to tell': f'there are fewer than {least} lines'}
     loss, uninformed = _newest(log, 'loss'), _newest(log, 'loss_uninformed')
-    if math.isnan(uninformed): return dict(healthy=f"loss {loss:.2f}, {_newest(log[:least], 'loss'):.2f} at first")
+    first, ignorant = _newest(log[:least], 'loss'), 'that of queries that know nothing'
+    if math.isnan(uninformed): return dict(healthy=f'loss {loss:.2f}, {first:.2f} at first')
     if uninformed - loss < LIMITS['learned'][0]*uninformed:
-        return {'nothing learned yet': f'loss {loss:.2f}, queries that know nothing have {uninformed:.2f}'}
-    return dict(healthy=f'loss {loss:.2f}, {1 - loss/uninformed:.0%} below that of queries that know nothing')
+        return {'nothing learned yet': f'loss {loss:.2f}, {ignorant} is {uninformed:.2f}'}
+    return dict(healthy=f'loss {loss:.2f}, {1 - loss/uninformed:.0%} below {ignorant}')
 
 # %% ../nbs/10_run.ipynb #10-d3588d
 def _kernel():
@@ -531,18 +538,20 @@ def _looked_at():
     kernel = _kernel()
     return bool(kernel) and 'cellId' in kernel.get_parent().get('metadata', {})
 
+# %% ../nbs/10_run.ipynb #10-e7dbea
 _panels = [['loss', 'loss_uninformed'], ['match_true', 'match_true_if_stuck', 'match_own_place'],
            ['images_per_s']]
 
-def curves_png(log, panels=_panels, most=300): # list of dicts, columns of each axes, points of a curve
+def curves_png(log, panels=_panels, most=300): # list of dicts, columns of axes, points of a curve
     "Curves of what the log has of these columns, the bytes of a PNG."
-    import matplotlib.pyplot as plt                                # seconds, which only a picture needs
+    import matplotlib.pyplot as plt                                # takes seconds: for pictures only
     from pixcon.plot import show_curves
     health = [line for line in log if 'spread' in line]            # at the end of an epoch
     few = [line for lines in (log, health) for line in lines[::max(1, len(lines)//most)]]
     names = {name for line in few for name in line}
     panels = [[name for name in panel if name in names] for panel in panels]
-    axes = show_curves(sorted(few, key=lambda line: line['step']), [p for p in panels if p], size=2.9)
+    few.sort(key=lambda line: line['step'])
+    axes = show_curves(few, [p for p in panels if p], size=2.9)
     for ax in axes:
         if not ax.get_legend(): continue
         low, high = ax.get_ylim()
@@ -572,6 +581,7 @@ def draw(self:Run, words): # lines of text
     if self.display: self.display.update(shown, raw=True)
     else: self.display = display(shown, raw=True, display_id=True)
 
+# %% ../nbs/10_run.ipynb #10-a57792
 @patch
 def progress(self:Run, line):
     "Shows how far the run is: a picture in a notebook, a line where nobody looks."
@@ -598,7 +608,7 @@ class TensorBoard:
     def __init__(self, run):
         from torch.utils.tensorboard import SummaryWriter
         folder = run.out/'tensorboard'
-        late = run.step and not any(folder.glob('events*'))        # asked for when the run was under way
+        late = run.step and not any(folder.glob('events*'))        # asked for on the way
         self.writer = SummaryWriter(folder, purge_step=run.step + 1 if run.step else 0)
         for line in run.lines if late else (): self.line(line, flush=False)
 
@@ -619,14 +629,16 @@ class WandB:
         import wandb
         self.path, self.image = run.out/'wandb.json', wandb.Image
         known = self.path.exists() and run.step
-        self.state = json.loads(self.path.read_text()) if known else dict(id=secrets.token_hex(4), step=-1)
-        self.run = wandb.init(project='pixcon', name=run.out.name, id=self.state['id'], resume='allow',
-                              dir=str(run.out), config=asdict(run.config))
+        self.state = dict(id=secrets.token_hex(4), step=-1)
+        if known: self.state = json.loads(self.path.read_text())
+        self.run = wandb.init(project='pixcon', name=run.out.name, id=self.state['id'],
+                              resume='allow', dir=str(run.out), config=asdict(run.config))
         for line in run.lines: self.line(line)                     # none that it has
 
     def line(self, line): # dict, as in the log
         if line['step'] <= self.state['step']: return
-        self.run.log({name: value for name, value in line.items() if name != 'step'}, step=line['step'])
+        values = {name: value for name, value in line.items() if name != 'step'}
+        self.run.log(values, step=line['step'])
         self.state['step'] = line['step']
         self.path.write_text(json.dumps(self.state))
 
@@ -638,12 +650,13 @@ class WandB:
 # %% ../nbs/10_run.ipynb #10-8ddbae
 def find_trackers(track): # 'off', 'tensorboard', 'wandb' or 'both'
     "Who gets the log besides the folder; raises ImportError if its package is not there."
-    kinds = dict(off=(), tensorboard=(TensorBoard,), wandb=(WandB,), both=(TensorBoard, WandB))[track]
-    for kind in kinds:
+    kinds = dict(off=(), tensorboard=(TensorBoard,), wandb=(WandB,), both=(TensorBoard, WandB))
+    for kind in kinds[track]:
         package = kind.__name__.lower()
         if importlib.util.find_spec(package) is None:
-            raise ImportError(f'track {track!r} needs a package that is not installed: pip install {package}')
-    return kinds
+            raise ImportError(f'track {track!r} needs a package that is not installed: '
+                              f'pip install {package}')
+    return kinds[track]
 
 @patch
 def picture(self:Run, name, pixels): # what it shows, uint8 (H,W,3)

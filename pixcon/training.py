@@ -142,8 +142,8 @@ class Batches:
         return np.random.default_rng((self.seed, epoch, 0, 2)).permutation(self.n)
 
 # %% ../nbs/12_training.ipynb #12-17
-_may_differ = ('accumulate', 'save_epochs', 'board_epochs', 'data', 'epochs', 'compile', 'deterministic',
-               'cache', 'decode', 'warmup_epochs', 'hours', 'recipe')
+_may_differ = ('accumulate', 'save_epochs', 'board_epochs', 'data', 'epochs', 'compile',
+               'deterministic', 'cache', 'decode', 'warmup_epochs', 'hours', 'recipe')
 
 class Pretraining:
     "One pre-training run, `fit` trains it to its end, from where its folder left off."
@@ -545,13 +545,15 @@ def refuse_unread(self:Pretraining):
 # %% ../nbs/12_training.ipynb #12-2bd980
 @patch
 def board_pairs(self:Pretraining, n=2):
-    "The pairs that the board shows all along, a dict of tensors, with two cells chosen in each view 1."
+    "The pairs that the board shows, a dict of tensors, with two cells chosen in each view 1."
     c = self.config
     views = TwoViews(self.images, c.size, c.seed, scale=(.3, .7), min_overlap=.3)
     items = [views[0, i*len(self.images)//n] for i in range(n)]
-    pairs = default_collate([{name: item[name] for name in ('view', 'box', 'flip', 'draw')} for item in items])
-    inside = overlap(pairs['box'], pairs['flip'], self.model.grid, c.overlap_rule)[:, 0].flatten(1)  # (n,S)
-    cells = [seen.nonzero()[:, 0] if seen.any() else torch.arange(len(seen)) for seen in inside]
+    names = 'view', 'box', 'flip', 'draw'
+    pairs = default_collate([{name: item[name] for name in names} for item in items])
+    inside = overlap(pairs['box'], pairs['flip'], self.model.grid, c.overlap_rule)  # (n,2,h,w)
+    inside = inside[:, 0].flatten(1)                               # (n,S)
+    cells = [(seen if seen.any() else ~seen).nonzero()[:, 0] for seen in inside]
     return pairs | dict(grid=self.model.grid,
                         cells=torch.stack([c[[len(c)//4, 3*len(c)//4]] for c in cells]))  # (n,2)
 
@@ -564,14 +566,14 @@ def look_at_pairs(self:Pretraining, pairs): # of `board_pairs`
     nets = self.model.online.backbone, self.model.target.backbone
     modes = {m: m.training for net in nets for m in net.modules()}
     for net in nets: net.eval()
-    with autocast(self.device, self.dtype):                        # forward is never the compiled one
+    with autocast(self.device, self.dtype):                        # forward is not compiled
         found = [[net.forward(v) for v in view.unbind(1)] for net in nets]
     for m, mode in modes.items(): m.training = mode
     return found
 
 # %% ../nbs/12_training.ipynb #12-8d277f
 def _few_channels(f, most=128): # (n,C,S)
-    "Unit features, projected onto fixed random directions if there are more channels than that: (n,S,c)."
+    "Unit features (n,S,c), on fixed random directions if there are more channels than that."
     f = F.normalize(f.float(), dim=1).mT                           # (n,S,C)
     if f.shape[2] <= most: return f
     fixed = torch.Generator().manual_seed(0)
@@ -597,7 +599,7 @@ def board(self:Pretraining, pairs): # of `board_pairs`
 # %% ../nbs/12_training.ipynb #12-833dec
 @patch
 def begin_boards(self:Pretraining):
-    "Takes boards away that will be made again, and makes that of the present step if it is not there."
+    "Takes boards away that will be made again, makes that of the present step if it is absent."
     folder, step = self.run.out/'boards', self.run.step
     if rank() == 0:
         for path in folder.glob('*.pt'):
@@ -607,9 +609,10 @@ def begin_boards(self:Pretraining):
 @patch
 def keep_board(self:Pretraining):
     "Writes the board of this step into the run's folder, if one is due."
-    every, path = self.config.board_epochs*self.steps_per_epoch, self.run.out/'boards'/f'{self.run.step:08}.pt'
+    every = self.config.board_epochs*self.steps_per_epoch
+    path = self.run.out/'boards'/f'{self.run.step:08}.pt'
     if not every or self.run.step % every and self.run.step < self.run.total: return
-    self.run.check_gradients()                                     # statistics of a bad step are put back
+    self.run.check_gradients()                                     # puts statistics back
     if rank() or path.exists(): return
     path.parent.mkdir(exist_ok=True)
     if not hasattr(self, 'pairs'): self.pairs = self.board_pairs()
@@ -619,9 +622,9 @@ def keep_board(self:Pretraining):
 
 # %% ../nbs/12_training.ipynb #12-c283dc
 def colours_of(features): # list of (n,2,S,c) over time
-    """The three directions in which the cells of all boards differ most, as red, green and blue: (T,n,2,S,3).
+    """The three directions in which cells differ most as red, green and blue, (T,n,2,S,3).
 
-    One basis for all of them; each board's own mean is taken off."""
+    One basis for all boards; each board's own mean is taken off."""
     every = torch.stack(features).float()
     every = every - every.mean((1, 2, 3), keepdim=True)            # (T,n,2,S,c)
     flat = every.flatten(0, 3)                                     # (cells of all boards,c)
@@ -632,12 +635,15 @@ def colours_of(features): # list of (n,2,S,c) over time
     return (scores/reach/2 + .5).clamp(0, 1).view(*every.shape[:4], 3)
 
 def read_boards(out): # run folder
-    "Pairs and boards of a run: a dict, and a list of dicts in order of time with `colours` (n,2,S,3)."
+    "Pairs and boards of a run: a dict, and a list of dicts over time with `colours` (n,2,S,3)."
     paths = sorted(p for p in Path(out, 'boards').glob('*.pt') if p.stem.isdigit())
-    if not paths: raise FileNotFoundError(f'there is no board in {str(out)!r}: board_epochs was 0, or nothing was trained')
+    if not paths:
+        raise FileNotFoundError(f'there is no board in {str(out)!r}: '
+                                'board_epochs was 0, or nothing was trained')
     boards = [read_file(path) for path in paths]
     colours = colours_of([board['features'] for board in boards])
-    return read_file(paths[0].with_name('pairs.pt')), [b | dict(colours=c) for b, c in zip(boards, colours)]
+    boards = [board | dict(colours=c) for board, c in zip(boards, colours)]
+    return read_file(paths[0].with_name('pairs.pt')), boards
 
 def last_board(out): # run folder
     "Its pairs and its last board."
@@ -647,25 +653,28 @@ def last_board(out): # run folder
 # %% ../nbs/12_training.ipynb #12-64c2ce
 def mark_cell(ax, cell, grid, size, text=''): # axes of a view, flat number, (h,w), pixels per side
     "A frame around a cell, with a letter beside it."
-    import matplotlib.pyplot as plt                                # seconds, which only a picture needs
+    import matplotlib.pyplot as plt                                # takes seconds: for pictures only
     (h, w), (row, column) = grid, divmod(int(cell), grid[1])
     corner = column*size/w - .5, row*size/h - .5
     for colour, width in (('k', 4), ('w', 2)):
         ax.add_patch(plt.Rectangle(corner, size/w, size/h, fill=False, ec=colour, lw=width))
     if not text: return
     right = column < w/2
-    ax.text(corner[0] + (size/w*1.15 if right else -size/w*.15), corner[1] + size/h/2, text, color='w', fontsize=12,
-            weight='bold', va='center', ha='left' if right else 'right', bbox=dict(fc='k', ec='none', pad=1.5))
+    x = corner[0] + (1.15 if right else -.15)*size/w
+    ax.text(x, corner[1] + size/h/2, text, color='w', fontsize=12, weight='bold', va='center',
+            ha='left' if right else 'right', bbox=dict(fc='k', ec='none', pad=1.5))
 
-def show_pair(axes, pairs, board, i=0, titles=True): # axes by name, as from `read_boards`, which pair
-    "Draws one pair of a board: matches, weights, similarity to the cell A (and B), features of both views."
+def show_pair(axes, # by name: matches, weights, A, B, view 1, view 2
+              pairs, board, i=0, titles=True): # as from `read_boards`, which pair, text above
+    "Draws one pair of a board: matches, weights, similarity to A and, if it has axes, B, features."
     from pixcon.plot import show_heat, show_image, show_matches
     (h, w), view, cells = pairs['grid'], pairs['view'][i], pairs['cells'][i]
     grey = view.float().mean(1, keepdim=True).expand(-1, 3, -1, -1)/255  # (2,3,s,s)
     def title(text): return text if titles else ''
-    show_matches(*view, board['index'][i, 0].long(), (h, w), board['inside'][i, 0], n=8, ax=axes['matches'],
+    index, inside, weights = (board[n][i, 0] for n in ('index', 'inside', 'weights'))  # (S,) each
+    show_matches(*view, index.long(), (h, w), inside, n=8, ax=axes['matches'],
                  title=title('positives of shared cells'))
-    show_heat(grey[0], board['weights'][i, 0].view(h, w), axes['weights'], title('weights of view 1'), alpha=.65)
+    show_heat(grey[0], weights.view(h, w), axes['weights'], title('weights of view 1'), alpha=.65)
     for letter, cell, similarity in zip('AB', cells, board['maps'][i]):
         if letter not in axes: continue
         mark_cell(axes['weights'], cell, (h, w), view.shape[-1], letter)

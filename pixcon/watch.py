@@ -29,16 +29,20 @@ def how_far(out): # run folder
     return log[-1][name] if log else 0, config[end]
 
 def say(out): # run folder
-    "How far a run is and how it goes, as lines of text; raises FileNotFoundError if it is no run folder."
+    """How far a run is and how it goes, as lines of text.
+
+    Raises FileNotFoundError if it is no run folder."""
     if not (Path(out)/'config.json').exists():
         raise FileNotFoundError(f'{str(out)!r} is no run folder: there is no config.json in it')
     log = read_log(out)
     if not log: return [f'{out}: no line in the log yet']
     line = log[-1]
     epoch = f", epoch {line['epoch']:.1f}" if 'epoch' in line else ''
-    words = [f"step {line['step']}{epoch}: loss {line['loss']:.3f}, {line['images_per_s']:.0f} images/s"]
+    words = [f"step {line['step']}{epoch}: loss {line['loss']:.3f}, "
+             f"{line['images_per_s']:.0f} images/s"]
     return words + [f'{name}: {why}' for name, why in verdict(log).items()]
 
+# %% ../nbs/23_watch.ipynb #23-c9f19e
 def watch(out, # run folder
           seconds=0.): # between two looks, 0 to look once
     "Shows a bar, words and curves of a run in one display, until it ends if asked to look again."
@@ -67,8 +71,8 @@ def show_strip(out, # run folder
     columns = fig.subfigures(1, len(boards), squeeze=False)[0]
     for board, column in zip(boards, columns):
         column.suptitle(f"epoch {board['epoch']:g}", fontsize=13)
-        axes = column.subplot_mosaic([['matches', 'matches'], ['weights', 'A'], ['view 1', 'view 2']],
-                                     height_ratios=[.95, 1, 1])
+        rows = [['matches', 'matches'], ['weights', 'A'], ['view 1', 'view 2']]
+        axes = column.subplot_mosaic(rows, height_ratios=[.95, 1, 1])
         show_pair(axes, pairs, board, pair)
     file = io.BytesIO()
     fig.savefig(file, format='png')
@@ -77,7 +81,7 @@ def show_strip(out, # run folder
 
 # %% ../nbs/23_watch.ipynb #23-15
 def animate(out, path, # run folder, file .gif or .webp
-            n=1, seconds=.6): # how many of the pairs, that a board is shown; the last one three times as long
+            n=1, seconds=.6): # how many of the pairs, for each board; three times that for the last
     "Writes the boards of a run as a moving picture; raises ValueError for another kind of file."
     path = Path(path)
     if path.suffix not in ('.gif', '.webp'):
