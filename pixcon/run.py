@@ -450,7 +450,7 @@ LIMITS = dict(
     spread=(.2, 'of the deviation that evenly spread keys have; where all are equal it is 0'),
     rank=(2., 'directions that the keys use. With fewer, images differ by one number only'),
     stuck=(.3, 'of the cells more than is right match the place they are at themselves. '
-               'Random networks are above, trained ones below (next cell)'),
+               'Random networks are above, trained ones below, as 10_run.ipynb shows'),
     learned=(.02, 'of the loss of queries that know nothing. So much below it is more than noise'))
 
 def _newest(log, name, n=LIMITS['lines'][0]):
