@@ -586,7 +586,7 @@ def draw(self:Run, words): # lines of text
 def progress(self:Run, line):
     "Shows how far the run is: a picture in a notebook, a line where nobody looks."
     now, over, looked_at = time.time(), self.step == self.total, _looked_at()
-    wait = max(2 if looked_at or self.display else 10, 20*self.drawing)
+    wait = max(2 if looked_at or self.display else 30, 20*self.drawing)
     draws = _kernel() and (now - self.drawn > wait or over and (looked_at or self.display))
     prints = not looked_at and (over or now - self.printed > 30)
     if not draws and not prints: return
