@@ -8,7 +8,7 @@ config = ConfigParser(delimiters=['='])
 config.read('settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
 
-extras = {name: cfg[f'{name}_requirements'].split() for name in ('dev', 'onnx', 'hub', 'frameworks')}
+extras = {name: cfg[f'{name}_requirements'].split() for name in ('dev', 'onnx', 'hub', 'track', 'frameworks')}
 extras['dev'] += extras['onnx'] + extras['hub']
 
 readme = Path('README.md').read_text(encoding='utf-8')             # an index shows it alone: links to the repository

@@ -88,6 +88,8 @@ class RunConfig:
         -1, 'processes that load images, -1 for what the machine has', least=-1)
     log_steps: int = param(10, 'steps between two lines of the log', least=1)
     save_minutes: float = param(10., 'minutes between two checkpoints', least=0)
+    track: str = param('off', "who gets the log, too: 'tensorboard', 'wandb', 'both'",
+                       ('off', 'tensorboard', 'wandb', 'both'))
 
 # %% ../nbs/09_config.ipynb #09-20
 @dataclass(kw_only=True)
@@ -121,8 +123,7 @@ class PretrainConfig(RunConfig):
     lr: float = param(
         .4, 'highest learning rate, for sgd times batch/512 if not given', least=1e-12)
     warmup_epochs: float = param(4., 'linear warm-up', least=0)
-    target_momentum: float = param(
-        .99, "the target encoder's first momentum (m)", least=0, most=1)
+    target_momentum: float = param(.99, "the target encoder's first momentum (m)", least=0, most=1)
     min_scale: float = param(
         .08, "smallest fraction of an image's area in a view", least=1e-4, most=1)
     blur_sigma: float = param(2., 'largest sigma of the blur in pixels of a view', least=.1)
@@ -134,6 +135,7 @@ class PretrainConfig(RunConfig):
     decode: str = param('cpu', "what decodes files, 'device' the GPU where it can", ('cpu', 'device'))
     cache_size: int = param(0, 'short side of images kept on the device, 0 as they are', least=0)
     save_epochs: int = param(10, 'epochs between two checkpoints, 0 for by time only', least=0)
+    board_epochs: int = param(20, 'epochs between pictures of the same pairs, 0 for none', least=0)
 
 # %% ../nbs/09_config.ipynb #09-22
 RECIPES = dict(
@@ -141,7 +143,7 @@ RECIPES = dict(
     small=dict(backbone='shufflenet_v2_x1_0', stride=8, size=64, min_scale=.25, blur_sigma=.6,
                hidden=256, dim=64, dense_start=.3, epochs=60, batch=64,
                optimizer='adamw', lr=4e-3, weight_decay=1e-2,
-               warmup_epochs=2., target_momentum=.95, log_steps=4))
+               warmup_epochs=2., target_momentum=.95, log_steps=4, board_epochs=5))
 
 # %% ../nbs/09_config.ipynb #09-24
 def variant(config): # PretrainConfig, or a run's parameters as a dict

@@ -656,7 +656,7 @@ def _command(config):
     "The command that makes such a run: the parameters that its recipe would not choose itself."
     usual = asdict(PretrainConfig()) | RECIPES[config['recipe']]
     usual['recipe'] = 'small' if config['data'] == 'scenes' else 'paper'
-    silent = 'out', 'amp', 'workers', 'log_steps', 'save_minutes', 'save_epochs', 'cache'
+    silent = 'out', 'amp', 'workers', 'log_steps', 'save_minutes', 'save_epochs', 'cache', 'track'
     chosen = {n: v for n, v in config.items() if n not in silent and v != usual.get(n, v)}
     flags = ''.join(f' -p {n} {shlex.quote(str(v))}' for n, v in chosen.items())
     return f'```\npapermill nbs/train.ipynb out.ipynb{flags}\n```'

@@ -171,7 +171,8 @@ def pair_rates(training, draws=1000): # Pretraining on an ImageList, pairs to dr
 
 # %% ../nbs/13_plan.ipynb #13-27
 _of_the_machine = {'data', 'out', 'recipe', 'seed', 'scenes', 'scene_size', 'workers', 'cache',
-                   'decode', 'log_steps', 'save_minutes', 'save_epochs', 'compile', 'deterministic', 'amp'}
+                   'decode', 'log_steps', 'save_minutes', 'save_epochs', 'track', 'board_epochs',
+                   'compile', 'deterministic', 'amp'}
 
 def _why(name, c, n):
     "Why a parameter is not the paper's, where the code chose it."

@@ -535,7 +535,7 @@ variant_names = dict(random='random weights', moco='MoCo-v2+', coord='PixCon-Coo
 score_names = dict(miou='mIoU', accuracy='pixel accuracy', box_ap='box AP', box_ap50='box AP50',
                    mask_ap='mask AP', pck='PCK@0.1')
 _not_compared = {'seed', 'checkpoint', 'compare', 'data', 'out', 'workers', 'processes',
-                 'log_steps', 'save_minutes'}
+                 'log_steps', 'save_minutes', 'track'}
 
 # %% ../nbs/16_probe.ipynb #16-101
 def _task(result):

@@ -199,7 +199,8 @@ def jobs(config): # StudyConfig
             for variant in listed(config.variants): yield variant, epochs, seed
 
 # %% ../nbs/22_study.ipynb #22-20
-_may_differ = {'workers', 'log_steps', 'save_minutes', 'save_epochs', 'compile', 'cache',
+_may_differ = {'workers', 'log_steps', 'save_minutes', 'save_epochs', 'track', 'board_epochs',
+               'compile', 'cache',
                'decode'}
 
 def remember(folder, given): # dict of the runs' other parameters

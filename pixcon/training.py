@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ema_momentum', 'learning_rate', 'configure', 'known_epochs', 'Batches', 'Pretraining', 'build_model', 'compiles',
-           'enqueued_view', 'kept_by_forward', 'memory', 'free_memory', 'too_large', 'out_of_memory',
-           'refuse_too_large', 'cached', 'drawn', 'item_bytes', 'note_source', 'seconds_per_step', 'epochs_in_hours',
+           'Waiting', 'enqueued_view', 'kept_by_forward', 'memory', 'free_memory', 'too_large', 'out_of_memory',
+           'refuse_too_large', 'cached', 'drawn', 'item_bytes', 'note_source', 'colours_of', 'read_boards',
+           'last_board', 'mark_cell', 'show_pair', 'show_board', 'board_pixels', 'seconds_per_step', 'epochs_in_hours',
            'pretrain']
 
 # %% ../nbs/12_training.ipynb #12-02
@@ -23,6 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, default_collate
 from .augment import (FileViews, Photometric, Resident, TwoViews, collate_files,
@@ -35,10 +37,11 @@ from .distributed import (device, gather_objects, gather_tensor, local_rank, mai
 from .encoder import (backbone_source, check_backbone, feature_shape, is_own, library_weights,
                             make_backbone)
 from .loss import default_queue, uninformed_loss
+from .matching import overlap
 from .model import PixCon, mean_over_processes
-from .run import (Run, append_line, as_dict, autocast, fingerprint, keep_memory, loader_workers,
-                        loading, make_optimizer, precision, read_lines, step_if_finite,
-                        write_tensors)
+from .run import (Run, append_line, as_dict, autocast, fingerprint, keep_memory,
+                        loader_workers, loading, make_optimizer, precision, read_file,
+                        read_lines, step_if_finite, write_checkpoint, write_tensors)
 from .scenes import Scenes, open_images
 
 # %% ../nbs/12_training.ipynb #12-05
@@ -147,8 +150,8 @@ class Batches:
         return np.random.default_rng((self.seed, epoch, 0, 2)).permutation(self.n)
 
 # %% ../nbs/12_training.ipynb #12-17
-_may_differ = ('accumulate', 'save_epochs', 'data', 'epochs', 'compile', 'deterministic',
-               'cache', 'decode', 'warmup_epochs', 'hours', 'recipe')
+_may_differ = ('accumulate', 'save_epochs', 'board_epochs', 'data', 'epochs', 'compile',
+               'deterministic', 'cache', 'decode', 'warmup_epochs', 'hours', 'recipe')
 
 class Pretraining:
     "One pre-training run, `fit` trains it to its end, from where its folder left off."
@@ -166,6 +169,7 @@ class Pretraining:
         self.optimizer = make_optimizer(config.optimizer, learned, config.lr, config.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device, enabled=self.dtype == torch.float16)
         self.photometric = Photometric(sigma=(.1, config.blur_sigma)).to(self.device)
+        self.waiting = Waiting(self.device)
         parts = dict(model=self.model, optimizer=self.optimizer, scaler=self.scaler)
         if hasattr(images, 'remarks'): images.remarks = Path(config.out)/'remarks.txt'
         identity = dict(images=fingerprint(self.names()))
@@ -219,6 +223,34 @@ def names(self:Pretraining):
 def name_of(self:Pretraining, i):
     "Where image i is, or its number."
     return str(self.images.paths[i]) if hasattr(self.images, 'paths') else i
+
+# %% ../nbs/12_training.ipynb #12-56e3c9
+class Waiting:
+    "Time in which the device has nothing to do because images are not there yet."
+    def __init__(self, device): # 'cpu' or 'cuda'
+        self.device, self.pairs, self.since = device, [], time.perf_counter()
+
+    def mark(self):
+        "The moment when the device has done all that it was asked for so far."
+        if self.device == 'cpu': return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def count(self, fetch): # function without arguments
+        "What it returns, the time it takes being counted."
+        begun = self.mark()
+        found = fetch()
+        self.pairs.append((begun, self.mark()))
+        return found
+
+    def fraction(self):
+        "Of the time since the last call; a GPU has to be done with its work."
+        now = time.perf_counter()
+        waits = [b - a if self.device == 'cpu' else a.elapsed_time(b)/1000 for a, b in self.pairs]
+        fraction = sum(waits)/max(now - self.since, 1e-9)
+        self.pairs, self.since = [], now
+        return round(min(fraction, 1.), 3)
 
 # %% ../nbs/12_training.ipynb #12-24
 @patch
@@ -465,7 +497,8 @@ def steps(self:Pretraining):
     "The parts of each step that is still to be made, as tuples."
     if self.run.step == self.run.total: return
     parts = map(self.cut, self.loader())
-    while step := tuple(itertools.islice(parts, self.config.accumulate)): yield step
+    def fetch(): return tuple(itertools.islice(parts, self.config.accumulate))
+    while step := self.waiting.count(fetch): yield step
 
 # %% ../nbs/12_training.ipynb #12-46
 @patch
@@ -484,6 +517,7 @@ def fit(self:Pretraining, until=math.inf): # seconds since 1970 at which one pro
         out = self.try_step(parts)
         if self.run.reports() or self.run.step % self.steps_per_epoch == 0:
             self.refuse_unread()
+            self.keep_board()
             self.run.report(self.log_line(out))
             if time.time() > until: break                          # gradients up to here are checked
     self.finish()
@@ -498,7 +532,7 @@ def log_line(self:Pretraining, out): # what the last step returned
     uninformed = 2*uninformed_loss(self.negatives, self.config.dim, self.config.tau)
     line = dict(epoch=round(self.run.step/self.steps_per_epoch, 4), loss=sum(losses),
                 loss_image=losses[0], loss_dense=losses[1], loss_uninformed=uninformed,
-                lr=self.lr, momentum=self.momentum)
+                lr=self.lr, momentum=self.momentum, data_wait=self.waiting.fraction())
     if self.run.step % self.steps_per_epoch == 0: line |= self.model.health(out)
     return line
 
@@ -533,6 +567,7 @@ def note_source(config, run):
 def begin(self:Pretraining):
     "Makes the folder or continues from it."
     self.run.begin()
+    self.begin_boards()
     if rank() == 0: note_source(self.config, self.run)
     self.unread = {line.get('number'): line.get('why') for line in read_lines(self.unread_file())}
 
@@ -558,6 +593,169 @@ def refuse_unread(self:Pretraining):
     raise ValueError(f"{len(unread)} of {len(self.images)} images can't be read, more than 1%:\n"
                      f'{names}\n'
                      f'Mend them or take them out. The checkpoint in {self.run.out} is intact')
+
+# %% ../nbs/12_training.ipynb #12-2bd980
+@patch
+def board_pairs(self:Pretraining, n=2):
+    "The pairs that the board shows, a dict of tensors, with two cells chosen in each view 1."
+    c = self.config
+    views = TwoViews(self.images, c.size, c.seed, scale=(.3, .7), min_overlap=.3)
+    items = [views[0, i*len(self.images)//n] for i in range(n)]
+    names = 'view', 'box', 'flip', 'draw'
+    pairs = default_collate([{name: item[name] for name in names} for item in items])
+    inside = overlap(pairs['box'], pairs['flip'], self.model.grid, c.overlap_rule)  # (n,2,h,w)
+    inside = inside[:, 0].flatten(1)                               # (n,S)
+    cells = [(seen if seen.any() else ~seen).nonzero()[:, 0] for seen in inside]
+    return pairs | dict(grid=self.model.grid,
+                        cells=torch.stack([c[[len(c)//4, 3*len(c)//4]] for c in cells]))  # (n,2)
+
+@patch
+@torch.no_grad()
+def look_at_pairs(self:Pretraining, pairs): # of `board_pairs`
+    "Features (n,C,h,w) of both views by the online and by the target encoder, in eval mode."
+    plain = Photometric((0., 0.), (0., 0.), jitter=0., grey=0.).to(self.device)
+    view = plain(pairs['view'].to(self.device), pairs['draw'])     # (n,2,3,s,s)
+    nets = self.model.online.backbone, self.model.target.backbone
+    modes = {m: m.training for net in nets for m in net.modules()}
+    for net in nets: net.eval()
+    with autocast(self.device, self.dtype):                        # forward is not compiled
+        found = [[net.forward(v) for v in view.unbind(1)] for net in nets]
+    for m, mode in modes.items(): m.training = mode
+    return found
+
+# %% ../nbs/12_training.ipynb #12-8d277f
+def _few_channels(f, most=128): # (n,C,S)
+    "Unit features (n,S,c), on fixed random directions if there are more channels than that."
+    f = F.normalize(f.float(), dim=1).mT                           # (n,S,C)
+    if f.shape[2] <= most: return f
+    fixed = torch.Generator().manual_seed(0)
+    return f @ torch.randn(f.shape[2], most, generator=fixed).to(f)/most**.5
+
+@patch
+@torch.no_grad()
+def board(self:Pretraining, pairs): # of `board_pairs`
+    "What the networks make of the pairs now, a dict of small tensors."
+    f_q, f_k = self.look_at_pairs(pairs)
+    box, flip = (pairs[n].to(self.device) for n in ('box', 'flip'))
+    index, similarity, inside, weights = self.model.match(f_q, f_k, box, flip)  # (n,2,S) each
+    if weights is None: weights = torch.ones_like(similarity)
+    q, k = (F.normalize(f.float().flatten(2), dim=1) for f in (f_q[0], f_k[1]))  # (n,C,S) each
+    cells = pairs['cells'].to(self.device)[:, None].expand(-1, q.shape[1], -1)  # (n,C,2)
+    maps = q.gather(2, cells).mT @ k                               # (n,2,S)
+    features = torch.stack([_few_channels(f.flatten(2)) for f in f_q], 1)  # (n,2,S,c)
+    found = dict(index=index.short(), similarity=similarity, inside=inside, weights=weights,
+                 maps=maps, features=features)
+    found = {n: (t.half() if t.is_floating_point() else t).cpu() for n, t in found.items()}
+    return dict(step=self.run.step, epoch=self.run.step/self.steps_per_epoch, **found)
+
+# %% ../nbs/12_training.ipynb #12-833dec
+@patch
+def begin_boards(self:Pretraining):
+    "Takes boards away that will be made again, makes that of the present step if it is absent."
+    folder, step = self.run.out/'boards', self.run.step
+    if rank() == 0:
+        for path in folder.glob('*.pt'):
+            if not step or path.stem.isdigit() and int(path.stem) > step: path.unlink()
+    self.keep_board()
+
+@patch
+def keep_board(self:Pretraining):
+    "Writes the board of this step into the run's folder, if one is due."
+    every = self.config.board_epochs*self.steps_per_epoch
+    path = self.run.out/'boards'/f'{self.run.step:08}.pt'
+    if not every or self.run.step % every and self.run.step < self.run.total: return
+    self.run.check_gradients()                                     # puts statistics back
+    if rank() or path.exists(): return
+    path.parent.mkdir(exist_ok=True)
+    if not hasattr(self, 'pairs'): self.pairs = self.board_pairs()
+    if not (path.parent/'pairs.pt').exists(): write_checkpoint(path.parent/'pairs.pt', self.pairs)
+    write_checkpoint(path, self.board(self.pairs))
+    if self.run.trackers: self.run.picture('board', board_pixels(*last_board(self.run.out)))
+
+# %% ../nbs/12_training.ipynb #12-c283dc
+def colours_of(features): # list of (n,2,S,c) over time
+    """The three directions in which cells differ most as red, green and blue, (T,n,2,S,3).
+
+    One basis for all boards; each board's own mean is taken off."""
+    every = torch.stack(features).float()
+    every = every - every.mean((1, 2, 3), keepdim=True)            # (T,n,2,S,c)
+    flat = every.flatten(0, 3)                                     # (cells of all boards,c)
+    basis = torch.linalg.eigh(flat.double().T @ flat.double())[1][:, -3:].flip(1).float()  # (c,3)
+    basis = basis*basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
+    scores = flat @ basis                                          # (cells of all boards,3)
+    reach = 2*scores.std(0)
+    return (scores/reach/2 + .5).clamp(0, 1).view(*every.shape[:4], 3)
+
+def read_boards(out): # run folder
+    "Pairs and boards of a run: a dict, and a list of dicts over time with `colours` (n,2,S,3)."
+    paths = sorted(p for p in Path(out, 'boards').glob('*.pt') if p.stem.isdigit())
+    if not paths:
+        raise FileNotFoundError(f'there is no board in {str(out)!r}: '
+                                'board_epochs was 0, or nothing was trained')
+    boards = [read_file(path) for path in paths]
+    colours = colours_of([board['features'] for board in boards])
+    boards = [board | dict(colours=c) for board, c in zip(boards, colours)]
+    return read_file(paths[0].with_name('pairs.pt')), boards
+
+def last_board(out): # run folder
+    "Its pairs and its last board."
+    pairs, boards = read_boards(out)
+    return pairs, boards[-1]
+
+# %% ../nbs/12_training.ipynb #12-64c2ce
+def mark_cell(ax, cell, grid, size, text=''): # axes of a view, flat number, (h,w), pixels per side
+    "A frame around a cell, with a letter beside it."
+    import matplotlib.pyplot as plt                                # takes seconds: for pictures only
+    (h, w), (row, column) = grid, divmod(int(cell), grid[1])
+    corner = column*size/w - .5, row*size/h - .5
+    for colour, width in (('k', 4), ('w', 2)):
+        ax.add_patch(plt.Rectangle(corner, size/w, size/h, fill=False, ec=colour, lw=width))
+    if not text: return
+    right = column < w/2
+    x = corner[0] + (1.15 if right else -.15)*size/w
+    ax.text(x, corner[1] + size/h/2, text, color='w', fontsize=12, weight='bold', va='center',
+            ha='left' if right else 'right', bbox=dict(fc='k', ec='none', pad=1.5))
+
+def show_pair(axes, # by name: matches, weights, A, B, view 1, view 2
+              pairs, board, i=0, titles=True): # as from `read_boards`, which pair, text above
+    "Draws one pair of a board: matches, weights, similarity to A and, if it has axes, B, features."
+    from pixcon.plot import show_heat, show_image, show_matches
+    (h, w), view, cells = pairs['grid'], pairs['view'][i], pairs['cells'][i]
+    grey = view.float().mean(1, keepdim=True).expand(-1, 3, -1, -1)/255  # (2,3,s,s)
+    def title(text): return text if titles else ''
+    index, inside, weights = (board[n][i, 0] for n in ('index', 'inside', 'weights'))  # (S,) each
+    show_matches(*view, index.long(), (h, w), inside, n=8, ax=axes['matches'],
+                 title=title('positives of shared cells'))
+    show_heat(grey[0], weights.view(h, w), axes['weights'], title('weights of view 1'), alpha=.65)
+    for letter, cell, similarity in zip('AB', cells, board['maps'][i]):
+        if letter not in axes: continue
+        mark_cell(axes['weights'], cell, (h, w), view.shape[-1], letter)
+        show_heat(grey[1], similarity.view(h, w), axes[letter], title(f'similarity to {letter}'),
+                  alpha=.75, cmap='viridis')
+        mark_cell(axes[letter], similarity.argmax(), (h, w), view.shape[-1])
+    for v, name in enumerate(('view 1', 'view 2')):
+        show_image(board['colours'][i, v].view(h, w, 3), axes[name], title(f'features of {name}'))
+
+# %% ../nbs/12_training.ipynb #12-4be9f3
+def show_board(pairs, board, n=None): # as from `read_boards`, how many pairs, all if None
+    "Draws a board, one row for each pair, and returns the figure."
+    import matplotlib.pyplot as plt
+    n = n or len(pairs['view'])
+    fig, axes = plt.subplots(n, 6, figsize=(15.5, 2.15*n + .5), dpi=72, squeeze=False,
+                             width_ratios=[2.25, 1, 1, 1, 1, 1], layout='constrained')
+    names = 'matches', 'weights', 'A', 'B', 'view 1', 'view 2'
+    for i, row in enumerate(axes): show_pair(dict(zip(names, row)), pairs, board, i, titles=not i)
+    fig.suptitle(f"epoch {board['epoch']:g}", fontsize=12)
+    return fig
+
+def board_pixels(pairs, board, n=None): # as for `show_board`
+    "The board as a picture, uint8 (H,W,3)."
+    import matplotlib.pyplot as plt
+    fig = show_board(pairs, board, n)
+    fig.canvas.draw()
+    pixels = np.asarray(fig.canvas.buffer_rgba())[..., :3].copy()
+    plt.close(fig)
+    return pixels
 
 # %% ../nbs/12_training.ipynb #12-55
 def seconds_per_step(config, images, processes=1, # PretrainConfig, images, that will share each batch

@@ -57,7 +57,7 @@ def same(a, b):
     a, b = Path(a), Path(b)
     states = [torch.load(p/'checkpoint.pt', weights_only=True) for p in (a, b)]
     for n, t in states[0]['model'].items(): assert torch.equal(t, states[1]['model'][n]), n
-    times = ('images_per_s', 'seconds')
+    times = ('images_per_s', 'seconds', 'data_wait')
     logs = [[{k: v for k, v in line.items() if k not in times} for line in read_log(p)] for p in (a, b)]
     assert str(logs[0]) == str(logs[1]) and states[0]['step'] == states[1]['step']
 

@@ -10,11 +10,11 @@ ROOT = Path(__file__).parent.parent
 SMALL = dict(scenes=16, batch=8, epochs=2, hidden=32, dim=16)
 
 
-def papermill(folder, timeout=300, **parameters):
+def papermill(folder, *more, timeout=300, **parameters):
     "Runs the training notebook in a folder; returns the finished process."
     flags = [a for n, v in parameters.items() for a in ('-p', n, str(v))]
     env = {k: v for k, v in os.environ.items() if k not in ('IN_TEST', 'PIXCON_DATA')}
-    command = ['papermill', ROOT/'nbs'/'train.ipynb', 'out.ipynb', '--no-progress-bar', *flags]
+    command = ['papermill', ROOT/'nbs'/'train.ipynb', 'out.ipynb', '--no-progress-bar', *more, *flags]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
 
 
@@ -22,13 +22,14 @@ def test_trains_and_continues(tmp_path):
     "From any directory; the override takes effect; all files are there; a second run continues; nothing is left in nbs/."
     there = lambda: sorted(p.name for p in (ROOT/'nbs').iterdir() if not p.name.startswith('.'))
     before = there()
-    first = papermill(tmp_path, **SMALL)
+    first = papermill(tmp_path, '--log-output', **SMALL)
     assert first.returncode == 0, first.stderr[-3000:]
+    assert 'step 4/4, epoch 2.0: loss' in first.stderr              # what --log-output passes on
     run, = (tmp_path/'runs').iterdir()
     assert run.name == 'scenes-sr-2ep-seed0'
-    files = {'backbone.safetensors', 'checkpoint.pt', 'config.json', 'figures', 'log.jsonl', 'summary.json'}
+    files = {'backbone.safetensors', 'boards', 'checkpoint.pt', 'config.json', 'figures', 'log.jsonl', 'summary.json'}
     assert {p.name for p in run.iterdir()} == files
-    pictures = {'views.png', 'loss.png', 'shortcut.png', 'health.png', 'matches.png', 'probe.png'}
+    pictures = {'views.png', 'loss.png', 'shortcut.png', 'health.png', 'boards.png', 'probe.png'}
     assert {p.name for p in (run/'figures').iterdir()} == pictures
     assert json.loads((run/'config.json').read_text())['epochs'] == 2
     summary = json.loads((run/'summary.json').read_text())
