@@ -179,8 +179,8 @@ def test_readme_is_the_index(tmp_path):
     "README.md and its pictures are what .ci/readme makes of nbs/index.ipynb."
     subprocess.run([sys.executable, ROOT/'.ci'/'readme', tmp_path], check=True, capture_output=True, timeout=120)
     assert (tmp_path/'README.md').read_text() == (ROOT/'README.md').read_text()
-    made = {p.name: p.read_bytes() for p in (tmp_path/'nbs'/'images').glob('*')}
-    assert made == {p.name: p.read_bytes() for p in (ROOT/'nbs'/'images').glob('README*')}
+    made = {p.name: p.read_bytes() for p in (tmp_path/'nbs'/'images').glob('README_*')}
+    assert made and made == {p.name: p.read_bytes() for p in (ROOT/'nbs'/'images').glob('README_*')}
 
 
 def test_settings_keep_the_parameters_tag():
