@@ -4,6 +4,7 @@
 const css = `
 :host { display: block }
 * { box-sizing: border-box }
+[hidden] { display: none !important }
 .root { container-type: inline-size; font-size: 14px; line-height: 1.4; color: inherit; max-width: 1100px;
         --line: color-mix(in srgb, currentColor 28%, transparent); --soft: color-mix(in srgb, currentColor 9%, transparent) }
 .bar { display: flex; flex-wrap: wrap; gap: 6px 16px; align-items: center; margin: 0 0 10px }
@@ -39,7 +40,7 @@ svg.over { position: absolute; inset: 0; width: 100%; height: 100%; overflow: vi
 .under { display: flex; flex-wrap: wrap; gap: 4px 8px; align-items: center; margin-top: 4px }
 .under button { padding: 0 7px; min-height: 26px; font-size: 12px }
 .maps { display: flex; flex-wrap: wrap; gap: 8px; margin-top: 10px }
-.maps:not(:has(:nth-child(2))) { display: none }
+.maps:not(:has(> :nth-child(2))) { display: none }
 .maps button { padding: 3px; border-width: 2px; font-size: 12px; line-height: 16px; width: min(31%, 128px); overflow: hidden; text-overflow: ellipsis }
 .maps button[aria-pressed=true] { background: transparent; color: inherit }
 .maps div { position: relative; margin-bottom: 2px } .maps img { width: 100%; display: block; border-radius: 2px }
@@ -53,7 +54,7 @@ tr + tr > * { border-top: 1px solid var(--soft) }
 h4 { font-size: 13px; margin: 0; font-weight: 650 }
 .head { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: center; gap: 2px 10px; margin: 12px 0 4px }
 .note { font-size: 12px; opacity: .75; margin: 4px 0 }
-.logit { display: grid; grid-template-columns: 6em 1fr 3em 3.6em; gap: 6px; align-items: center; font-size: 12px; font-variant-numeric: tabular-nums }
+.logit { display: grid; grid-template-columns: 5.6em 1fr 2.8em 4em; gap: 6px; align-items: center; font-size: 12px; font-variant-numeric: tabular-nums }
 .logit > :nth-child(n+3) { text-align: right }
 .logit i { display: block; height: 11px; min-width: 1px; border-radius: 2px; print-color-adjust: exact; -webkit-print-color-adjust: exact }
 .pins { overflow-x: auto } .pins th, .pins td { text-align: right; white-space: nowrap; padding: 2px 10px 2px 0 }
@@ -178,7 +179,8 @@ function shared(model, start, redraw) {
 
 function choice(name, options, chosen, choose) {
   const buttons = options.map((option, i) => node('button', { type: 'button', onclick: () => choose(i) }, option))
-  const group = node('span', { class: 'group', role: 'group', 'aria-label': name }, node('span', { class: 'name' }, name), buttons)
+  const group = node('span', { class: 'group', role: 'group', 'aria-label': name, hidden: options.length < 2 },
+                     node('span', { class: 'name' }, name), buttons)
   return [group, () => buttons.forEach((button, i) => button.setAttribute('aria-pressed', i === chosen()))]
 }
 
@@ -565,7 +567,8 @@ function gallery(model, root) {
     strip(about.images, sources, () => state.image, i => change({ image: i, cell: about.images[i].cell })),
     choice('network', about.networks, () => state.network, i => change({ network: i })),
   ]
-  const help = node('p', { class: 'note help' }, `Point at a cell, or move with the arrow keys: its nearest cells in the other images. Keys 1 to ${about.networks.length} choose the network.`)
+  const help = node('p', { class: 'note help' }, `Point at a cell, or move with the arrow keys: its nearest cells in the other images, the nearest image first.`,
+                    node('span', { class: 'keys' }, about.networks.length > 1 ? ` Keys 1 to ${about.networks.length} choose the network.` : ''))
   const body = node('div', { class: 'body', style: 'grid-template-columns: minmax(200px, 300px) minmax(0, 1fr)' }, node('div', {}, stage, help), tiles)
   root.append(parts[0][0], node('div', { class: 'bar' }, parts[1][0]), body, spoken)
   const point = cell => { if (cell !== state.cell) change({ cell }) }
