@@ -6,68 +6,93 @@ const css = `
 * { box-sizing: border-box }
 [hidden] { display: none !important }
 .root { container-type: inline-size; font-size: 14px; line-height: 1.4; color: inherit; max-width: 1100px;
-        --line: color-mix(in srgb, currentColor 28%, transparent); --soft: color-mix(in srgb, currentColor 9%, transparent) }
+        --line: color-mix(in srgb, currentColor 28%, transparent);
+  --soft: color-mix(in srgb, currentColor 9%, transparent) }
 .bar { display: flex; flex-wrap: wrap; gap: 6px 16px; align-items: center; margin: 0 0 10px }
 .group { display: flex; align-items: center; gap: 4px; flex-wrap: wrap }
 .name { opacity: .75; margin-right: 2px }
-button, select { font: inherit; color: inherit; background: transparent; border: 1px solid var(--line); border-radius: 5px;
+button { font: inherit; color: inherit; background: transparent; border: 1px solid var(--line);
+  border-radius: 5px;
                  padding: 3px 9px; min-height: 30px; cursor: pointer }
-select option { color: #111; background: #fff }
 button:hover { background: var(--soft) }
-button[aria-pressed=true] { background: var(--on); border-color: var(--on); color: #fff; font-weight: 600 }
-button:focus-visible, select:focus-visible, input:focus-visible, .view:focus-visible { outline: 3px solid var(--on); outline-offset: 2px }
+button[aria-pressed=true] { background: var(--on); border-color: var(--on); color: #fff; font-weight: 600;
+                              print-color-adjust: exact; -webkit-print-color-adjust: exact }
+button:focus-visible, input:focus-visible, .view:focus-visible { outline: 3px solid var(--on); outline-offset: 2px }
 input[type=range] { width: 96px; accent-color: var(--on) }
 .slider output { min-width: 2.4em; font-variant-numeric: tabular-nums }
 .strip button { padding: 2px; line-height: 0; border-width: 2px }
 .strip button[aria-pressed=true] { background: transparent }
 .strip img { width: 56px; height: 42px; object-fit: cover; border-radius: 2px }
-.body { display: grid; grid-template-columns: minmax(0, 1fr) minmax(250px, 300px); gap: 8px 24px; align-items: start }
+.body { display: grid; grid-template-columns: minmax(0, 1fr) minmax(250px, 300px); gap: 8px 24px;
+  align-items: start }
+.body.gallery { grid-template-columns: minmax(200px, 300px) minmax(0, 1fr) }
 .stage { position: relative; margin-top: 24px }
 .view { position: absolute; touch-action: pan-y; border-radius: 3px }
 .view.query { cursor: crosshair }
-.view img, .view canvas { position: absolute; inset: 0; width: 100%; height: 100%; display: block; border-radius: 3px }
+.view img, .view canvas { position: absolute; inset: 0; width: 100%; height: 100%; display: block;
+  border-radius: 3px }
 .view img { user-select: none; -webkit-user-drag: none }
 .view canvas { image-rendering: pixelated; opacity: .6; pointer-events: none }
-.tag { position: absolute; bottom: 100%; left: 0; white-space: nowrap; color: #fff; font-size: 12px; line-height: 18px; padding: 0 7px;
-       border-radius: 3px 3px 0 0; pointer-events: none }
-.query .tag { background: var(--query) } .key .tag { background: var(--key) }
+.tag { position: absolute; bottom: 100%; left: 0; white-space: nowrap; color: #fff; font-size: 12px;
+  line-height: 18px; padding: 0 7px;
+       border-radius: 3px 3px 0 0; pointer-events: none; print-color-adjust: exact;
+  -webkit-print-color-adjust: exact }
+.query .tag { background: var(--query); color: #111 } .key .tag { background: var(--key) }
 .view.query { box-shadow: 0 0 0 2px var(--query) } .view.key { box-shadow: 0 0 0 2px var(--key) }
 svg.over { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; pointer-events: none }
 .bars { display: grid; gap: 2px 14%; margin: 12px 0 4px; font-size: 12px; font-variant-numeric: tabular-nums }
-.scale { position: relative; height: 12px; border-radius: 2px; print-color-adjust: exact; -webkit-print-color-adjust: exact }
+.scale { position: relative; height: 12px; border-radius: 2px; print-color-adjust: exact;
+  -webkit-print-color-adjust: exact }
 .scale i { position: absolute; top: -3px; bottom: -3px; width: 0; border-left: 2px solid currentColor }
 .ends { display: flex; justify-content: space-between; gap: 6px }
 .under { display: flex; flex-wrap: wrap; gap: 4px 8px; align-items: center; margin-top: 4px }
 .under button { padding: 0 7px; min-height: 26px; font-size: 12px }
 .maps { display: flex; flex-wrap: wrap; gap: 8px; margin-top: 10px }
 .maps:not(:has(> :nth-child(2))) { display: none }
-.maps button { padding: 3px; border-width: 2px; font-size: 12px; line-height: 16px; width: min(31%, 128px); overflow: hidden; text-overflow: ellipsis }
+.maps button { padding: 3px; border-width: 2px; font-size: 12px; line-height: 16px; width: min(31%, 128px);
+  overflow: hidden; text-overflow: ellipsis }
 .maps button[aria-pressed=true] { background: transparent; color: inherit }
-.maps div { position: relative; margin-bottom: 2px } .maps img { width: 100%; display: block; border-radius: 2px }
-.maps canvas { position: absolute; inset: 0; width: 100%; height: 100%; image-rendering: pixelated; opacity: .6; border-radius: 2px }
+.maps div { position: relative; margin-bottom: 2px }
+.maps img { width: 100%; display: block; border-radius: 2px }
+.maps canvas { position: absolute; inset: 0; width: 100%; height: 100%; image-rendering: pixelated;
+  opacity: .6; border-radius: 2px }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 12px; margin-top: 8px }
 .legend svg { width: 15px; height: 15px; vertical-align: -3px; margin-right: 4px; overflow: visible }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; margin: 0 0 8px }
-th { font-weight: 400; text-align: left; opacity: .75; padding: 2px 8px 2px 0; vertical-align: top; white-space: nowrap }
+th { font-weight: 400; text-align: left; opacity: .75; padding: 2px 8px 2px 0; vertical-align: top;
+  white-space: nowrap }
 td { padding: 2px 0; text-align: right } td b { font-weight: 650 }
 tr + tr > * { border-top: 1px solid var(--soft) }
 h4 { font-size: 13px; margin: 0; font-weight: 650 }
-.head { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: center; gap: 2px 10px; margin: 12px 0 4px }
+.head { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: center; gap: 2px 10px;
+  margin: 12px 0 4px }
 .note { font-size: 12px; opacity: .75; margin: 4px 0 }
-.logit { display: grid; grid-template-columns: 5.6em 1fr 2.8em 4em; gap: 6px; align-items: center; font-size: 12px; font-variant-numeric: tabular-nums }
+.logit { display: grid; grid-template-columns: 5.6em 1fr 2.8em 4em; gap: 6px; align-items: center;
+  font-size: 12px; font-variant-numeric: tabular-nums }
 .logit > :nth-child(n+3) { text-align: right }
-.logit i { display: block; height: 11px; min-width: 1px; border-radius: 2px; print-color-adjust: exact; -webkit-print-color-adjust: exact }
-.pins { overflow-x: auto } .pins th, .pins td { text-align: right; white-space: nowrap; padding: 2px 10px 2px 0 }
+.logit i { display: block; height: 11px; min-width: 1px; border-radius: 2px; print-color-adjust: exact;
+  -webkit-print-color-adjust: exact }
+.pins { overflow-x: auto } .pins th, .pins td { text-align: right; white-space: nowrap;
+  padding: 2px 10px 2px 0 }
 .pins th:first-child, .pins td:first-child { text-align: left }
-.dot { display: inline-block; width: 11px; height: 11px; border-radius: 50%; margin-right: 6px; vertical-align: -1px;
+.dot { display: inline-block; width: 11px; height: 11px; border-radius: 50%; margin-right: 6px;
+  vertical-align: -1px;
        print-color-adjust: exact; -webkit-print-color-adjust: exact }
 .tiles { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 10px; margin-top: 24px }
-.tile { font-size: 12px; font-variant-numeric: tabular-nums } .tile div { position: relative } .tile img { width: 100%; display: block; border-radius: 3px }
+.tile { font-size: 12px; font-variant-numeric: tabular-nums } .tile div { position: relative }
+.tile img { width: 100%; display: block; border-radius: 3px }
 .sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
-@container (max-width: 759px) { .body { grid-template-columns: minmax(0, 1fr) } .tiles { margin-top: 0 } }
-@container (max-width: 459px) { .tiles { grid-template-columns: repeat(3, minmax(0, 1fr)) } .bar { gap: 6px 10px } button { min-height: 36px } }
+@container (min-width: 560px) and (max-width: 759px) { .side { display: grid;
+  grid-template-columns: 1fr 1fr; gap: 0 24px } .head { margin-top: 0 } }
+@container (max-width: 759px) { .body, .body.gallery { grid-template-columns: minmax(0, 1fr) }
+  .tiles { margin-top: 0 } }
+@container (max-width: 559px) { .gallery .stage { max-width: 270px } }
+@container (min-width: 560px) and (max-width: 759px) { .body.gallery { grid-template-columns: 220px minmax(0, 1fr) } }
+@container (max-width: 459px) { .tiles { grid-template-columns: repeat(3, minmax(0, 1fr)) }
+  .bar { gap: 6px 10px } button { min-height: 36px } }
 @media (pointer: coarse) { .keys { display: none } }
-@media print { .root { max-width: none } .help, .under, input { display: none } .body { break-inside: avoid } }
+@media print { .root { max-width: none } .help, .under, .doing, input { display: none }
+  .body { break-inside: avoid } }
 `
 
 // ---- small tools ----
@@ -89,7 +114,10 @@ const node = (tag, attributes = {}, ...children) => fill(document.createElement(
 const draw = (tag, attributes = {}, ...children) => fill(document.createElementNS(SVG, tag), attributes, children)
 
 /** A number with its digits, a true minus sign and no "-0.00". */
-const text = (x, digits = 3) => x == null || Number.isNaN(x) ? '–' : x.toFixed(digits).replace(/^-(0\.?0*)$/, '$1').replace('-', '−')
+function text(x, digits = 3) {
+  if (x == null || Number.isNaN(x)) return '–'
+  return x.toFixed(digits).replace(/^-(0\.?0*)$/, '$1').replace('-', '−')
+}
 
 const kinds = { u1: Uint8Array, i2: Int16Array, f4: Float32Array }
 
@@ -139,22 +167,31 @@ function outline(inside, [h, w]) {
 
 // ---- shapes on the views, each with a white halo so that it shows on any ground ----
 
-function haloed(make, colour, filled) {
-  const still = { 'vector-effect': 'non-scaling-stroke', 'stroke-linejoin': 'round' }
-  const shape = more => make({ ...still, fill: 'none', ...more })
-  return draw('g', {}, shape({ stroke: '#fff', 'stroke-width': 5.5 }), shape({ stroke: '#000', 'stroke-width': 4, 'stroke-opacity': .35 }),
+/** Attributes of a line that is as thick on a large view as on a small one. */
+const thin = more => ({ fill: 'none', 'vector-effect': 'non-scaling-stroke', 'stroke-linejoin': 'round', ...more })
+
+function haloed(tag, where, colour, filled) {
+  const shape = more => draw(tag, thin({ ...where, ...more }))
+  return draw('g', {}, shape({ stroke: '#fff', 'stroke-width': 5.5 }),
+              shape({ stroke: '#000', 'stroke-width': 4, 'stroke-opacity': .35 }),
               shape({ stroke: colour, 'stroke-width': 2.8, fill: filled ? colour : 'none', 'fill-opacity': .85 }))
 }
 
-const square = (x, y, colour) => haloed(a => draw('rect', { x, y, width: 1, height: 1, ...a }), colour)
+const square = (x, y, colour) => haloed('rect', { x, y, width: 1, height: 1 }, colour)
 
-const circle = (x, y, r, colour, filled) => haloed(a => draw('circle', { cx: x + .5, cy: y + .5, r, ...a }), colour, filled)
+const circle = (x, y, r, colour, filled) => haloed('circle', { cx: x + .5, cy: y + .5, r }, colour, filled)
 
-const diamond = (x, y, r, colour, filled) =>
-  haloed(a => draw('path', { d: `M${x + .5} ${y + .5 - 1.3*r}l${1.3*r} ${1.3*r} ${-1.3*r} ${1.3*r} ${-1.3*r} ${-1.3*r}z`, ...a }), colour, filled)
+function diamond(x, y, r, colour, filled) {
+  const s = 1.3*r
+  return haloed('path', { d: `M${x + .5} ${y + .5 - s}l${s} ${s} ${-s} ${s} ${-s} ${-s}z` }, colour, filled)
+}
 
-const cross = (x, y, r, colour) =>
-  haloed(a => draw('path', { d: `M${x + .5 - r} ${y + .5 - r}l${2*r} ${2*r}M${x + .5 + r} ${y + .5 - r}l${-2*r} ${2*r}`, ...a }), colour)
+function cross(x, y, r, colour) {
+  const [left, right, top] = [x + .5 - r, x + .5 + r, y + .5 - r]
+  return haloed('path', { d: `M${left} ${top}l${2*r} ${2*r}M${right} ${top}l${-2*r} ${2*r}` }, colour)
+}
+
+const dot = (cx, cy, fill, r) => draw('circle', thin({ cx, cy, r, fill, stroke: '#fff', 'stroke-width': 1.5 }))
 
 // ---- what both explorers have ----
 
@@ -268,7 +305,8 @@ function pairs(model, root) {
     const v = held(from)
     const bytes = take(from.similar[v])
     const [begin, step] = v === view() ? [cell*cells(), 1] : [cell, cells()]
-    return Float32Array.from({ length: cells() }, (_, key) => from.low[v] + (from.high[v] - from.low[v])*bytes[begin + key*step]/255)
+    const span = from.high[v] - from.low[v]
+    return Float32Array.from({ length: cells() }, (_, key) => from.low[v] + span*bytes[begin + key*step]/255)
   }
 
   /** Weight of each query cell in the dense loss, as pixcon.reweight has it. */
@@ -311,7 +349,8 @@ function pairs(model, root) {
     const others = take(log_sum)[cell*taus + about.taus.indexOf(state.tau)]
     const loss = Math.log1p(Math.exp(others - nearest))            // -log of the softmax at the positive
     const part = logit => Math.exp(logit - nearest - loss)
-    return { n, nearest, hardest, loss, part, rest: Math.max(1 - [nearest, ...hardest].reduce((sum, l) => sum + part(l), 0), 0) }
+    const rest = Math.max(1 - [nearest, ...hardest].reduce((sum, logit) => sum + part(logit), 0), 0)
+    return { n, nearest, hardest, loss, part, rest }
   }
 
   // what is built once
@@ -327,7 +366,8 @@ function pairs(model, root) {
   const pinned = node('div', { class: 'pins' })
   const spoken = node('div', { class: 'sr', 'aria-live': 'polite' })
   const [images, networks, methods, gamma, tau, overlay, range] = [
-    strip(about.images, sources.map(s => s[0]), () => state.image, i => change({ image: i, cell: about.images[i].cell, swapped: false })),
+    strip(about.images, sources.map(s => s[0]), () => state.image,
+          i => change({ image: i, cell: about.images[i].cell, swapped: false })),
     choice('network', about.networks, () => state.network, i => change({ network: i })),
     choice('positives by', about.methods, () => state.method, i => change({ method: i })),
     slider('γ', 'power of the weights (gamma)', about.gammas, () => state.gamma, gamma => change({ gamma })),
@@ -342,12 +382,16 @@ function pairs(model, root) {
   const keyBar = node('div')
   bars.append(node('div', {}, queryBar, overlay[0]), node('div', {}, keyBar, range[0]))
   const swap = node('button', { type: 'button', title: 'query and key change places (s)', onclick: turn }, '⇄ swap')
-  const clear = node('button', { type: 'button', title: 'takes all pins away (Escape)', onclick: () => change({ pins: [] }) }, 'unpin all')
+  const unpin = () => change({ pins: [] })
+  const clear = node('button', { type: 'button', title: 'takes all pins away (Escape)', onclick: unpin }, 'unpin all')
   const own = about.networks.length > 1 ? `1 to ${about.networks.length} choose the network, ` : ''
-  const help = node('p', { class: 'note help' }, 'Point at a cell of the query; click, or tap twice, to pin it. Point at the key to read other cosines.',
+  const help = node('p', { class: 'note help' }, 
+                    'Point at a cell of the query; click, or tap twice, to pin it. Point at the key to read other cosines.',
                     node('span', { class: 'keys' }, ` Keys: arrows move, Enter pins, s swaps, ${own}Escape takes the pins away.`))
-  const side = node('div', { class: 'side' }, table, gamma[0], node('div', { class: 'head' }, node('h4', {}, 'dense loss of this cell'), tau[0]), losses)
-  root.append(images[0], node('div', { class: 'bar' }, networks[0], methods[0], node('span', { class: 'group' }, swap, clear)),
+  const head = node('div', { class: 'head' }, node('h4', {}, 'dense loss of this cell'), tau[0])
+  const side = node('div', { class: 'side' }, node('div', {}, table, gamma[0]), node('div', {}, head, losses))
+  const doing = node('span', { class: 'group doing' }, swap, clear)
+  root.append(images[0], node('div', { class: 'bar' }, networks[0], methods[0], doing),
               node('div', { class: 'body' }, node('div', {}, stage, bars, legend, maps, help), side), pinned, spoken)
 
   // what one does
@@ -363,8 +407,9 @@ function pairs(model, root) {
   }
   const point = cell => { if (cell !== state.cell) change({ cell }) }
   pointed(query.box, grid, point, (cell, touch) => touch && cell !== state.cell ? point(cell) : pin(cell))
-  pointed(key.box, grid, cell => { here = cell; show() }, cell => { here = cell; show() }, () => { here = null; show() })
-  const keys = { Enter: () => pin(state.cell), ' ': () => pin(state.cell), s: turn, Escape: () => change({ pins: [] }) }
+  const read = cell => { here = cell; show() }
+  pointed(key.box, grid, read, read, () => read(null))
+  const keys = { Enter: () => pin(state.cell), ' ': () => pin(state.cell), s: turn, Escape: unpin }
   about.networks.forEach((_, i) => { keys[i + 1] = () => change({ network: i }) })
   steered(query.box, grid, () => state.cell, point, keys)
 
@@ -392,26 +437,29 @@ function pairs(model, root) {
     const [x0, y0] = [cell % w + .5, Math.floor(cell/w) + .5]
     const [x1, y1] = [match % w + .5 + x, Math.floor(match/w) + .5 + y]
     const at = t => [x0 + t*(x1 - x0), y0 + t*(y1 - y0)]
-    const [from, to] = stacked ? [(h - y0)/(y1 - y0), (h + gap - y0)/(y1 - y0)] : [(w - x0)/(x1 - x0), (w + gap - x0)/(x1 - x0)]
+    const [begin, start, way] = stacked ? [h, y0, y1 - y0] : [w, x0, x1 - x0]
+    const [from, to] = [(begin - start)/way, (begin + gap - start)/way]
     const [[a, b], [c, d]] = [at(from), at(to)]
-    return draw('path', { d: `M${a} ${b}L${c} ${d}`, stroke: colour, 'stroke-width': 2.5, 'vector-effect': 'non-scaling-stroke' })
+    return draw('path', thin({ d: `M${a} ${b}L${c} ${d}`, stroke: colour, 'stroke-width': 2.5 }))
   }
-
-  const dot = (cx, cy, fill, r) => draw('circle', { cx, cy, r, fill, stroke: '#fff', 'stroke-width': 1.5, 'vector-effect': 'non-scaling-stroke' })
 
   function showShapes(found, weight, place) {
     const { x, y, h, w, r } = place
     const at = (cell, dx = 0, dy = 0) => [cell % w + dx, Math.floor(cell/w) + dy]
-    const edge = (inside, dx, dy) => draw('g', { transform: `translate(${dx} ${dy})`, fill: 'none' },
-      ['#000', '#fff'].map((stroke, i) => draw('path', { d: outline(inside, [h, w]), stroke, 'stroke-width': 1.6, 'vector-effect': 'non-scaling-stroke',
-                                                         'stroke-dasharray': i ? '4 4' : 'none', 'stroke-opacity': i ? 1 : .6 })))
+    const edge = (inside, dx, dy) => {
+      const one = more => draw('path', thin({ d: outline(inside, [h, w]), 'stroke-width': 1.6, ...more }))
+      return draw('g', { transform: `translate(${dx} ${dy})` }, one({ stroke: '#000', 'stroke-opacity': .6 }),
+                  one({ stroke: '#fff', 'stroke-dasharray': '4 4' }))
+    }
     const items = []
-    if (image().inside) items.push(edge(take(image().inside[view()]), 0, 0), edge(take(image().inside[1 - view()]), x, y))
+    const seen = image().inside
+    if (seen) items.push(edge(take(seen[view()]), 0, 0), edge(take(seen[1 - view()]), x, y))
     state.pins.filter(p => p.image === state.image && p.swapped === state.swapped).forEach(p => {
       const { positive } = numbers(p.cell, weight)
       const colour = pinColour(p)
       items.push(dot(...at(p.cell, .5, .5), colour, .8*r))
-      if (positive >= 0) items.push(line(p.cell, positive, place, colour), dot(...at(positive, x + .5, y + .5), colour, .8*r))
+      if (positive < 0) return
+      items.push(line(p.cell, positive, place, colour), dot(...at(positive, x + .5, y + .5), colour, .8*r))
     })
     if (found.positive >= 0) items.push(line(state.cell, found.positive, place, colours.positive))
     items.push(square(...at(state.cell), colours.query))
@@ -420,8 +468,10 @@ function pairs(model, root) {
       const positive = name === (method() === 'Coord' ? 'spatial' : 'best')
       items.push(shapes[name](...at(found[name], x, y), r, positive ? colours.positive : '#222', positive))
     }
-    if (here != null) items.push(draw('rect', { x: here % w + x, y: Math.floor(here/w) + y, width: 1, height: 1, fill: 'none', stroke: '#fff',
-                                                'stroke-width': 1.5, 'vector-effect': 'non-scaling-stroke' }))
+    if (here != null) {
+      const [left, top] = at(here, x, y)
+      items.push(draw('rect', thin({ x: left, y: top, width: 1, height: 1, stroke: '#fff', 'stroke-width': 1.5 })))
+    }
     over.replaceChildren(...items)
   }
 
@@ -429,7 +479,7 @@ function pairs(model, root) {
     const at = value => `${100*Math.min(Math.max((value - low)/Math.max(high - low, 1e-12), 0), 1)}%`
     return node('div', {}, node('div', { class: 'scale', style: `background: ${gradient(map)}` },
                                 marks.map(value => node('i', { style: `left: ${at(value)}` }))),
-                node('div', { class: 'ends' }, node('span', {}, text(low, 2)), node('span', {}, title), node('span', {}, text(high, 2))))
+                node('div', { class: 'ends' }, [text(low, 2), title, text(high, 2)].map(word => node('span', {}, word))))
   }
 
   function showHeat(found, weight) {
@@ -439,7 +489,8 @@ function pairs(model, root) {
     const range = state.range ? [low[v], high[v]] : [Math.min(...row), Math.max(...row)]
     paint(key.heat, i => row[i], grid(), ...range, map)
     const best = take(cosine[view()])
-    const shown = [null, [weight, 0, 1, 'weight in the dense loss'], [best, Math.min(...best), Math.max(...best), 'cosine of the best match']][state.overlay]
+    const shown = [null, [weight, 0, 1, 'weight in the dense loss'],
+                   [best, Math.min(...best), Math.max(...best), 'cosine of the best match']][state.overlay]
     query.heat.style.display = shown ? '' : 'none'
     if (shown) paint(query.heat, i => shown[0][i], grid(), shown[1], shown[2], map)
     const read = here == null ? '' : `, here ${text(row[here], 2)}`
@@ -457,43 +508,54 @@ function pairs(model, root) {
       paint(heat, k => row[k], grid(), Math.min(...row), Math.max(...row), map)
       const best = take(from.best[view()])[state.cell]
       const [h, w] = grid()
-      const mark = draw('svg', { class: 'over', viewBox: `0 0 ${w} ${h}` }, dot(best % w + .5, Math.floor(best/w) + .5, colours.positive, .04*w))
-      return node('button', { type: 'button', 'aria-pressed': String(i === state.network), onclick: () => change({ network: i }),
-                              title: `this cell under the network '${name}'` },
+      const mark = draw('svg', { class: 'over', viewBox: `0 0 ${w} ${h}` },
+                        dot(best % w + .5, Math.floor(best/w) + .5, colours.positive, .04*w))
+      return node('button', { type: 'button', 'aria-pressed': String(i === state.network),
+                              onclick: () => change({ network: i }), title: `this cell under the network '${name}'` },
                   node('div', {}, node('img', { src: key.image.src, alt: '' }), heat, mark), name)
     }))
   }
 
-  const shown = (name, value, about) => node('tr', { 'data-name': name, title: about }, node('th', {}, name), node('td', {}, value))
+  const lineOf = (name, value, about) =>
+    node('tr', { 'data-name': name, title: about }, node('th', {}, name), node('td', {}, value))
 
-  function showNumbers(found, row, logit) {
-    const known = found.inside == null ? 'two photos: not known' : found.inside ? 'yes' : 'no'
-    const where = (cell, more) => [node('b', {}, place(cell)), ` · ${more}`]
+  function showNumbers(found, row) {
+    const known = found.inside == null ? 'not known' : found.inside ? 'yes' : 'no'
+    const where = (cell, cosine, none) => cell < 0 ? none : [node('b', {}, place(cell)), ` · ${cosine}`]
     const rows = [
-      shown('cell', node('b', {}, place(state.cell)), 'row, column'),
-      shown('best match', where(found.best, text(found.cosine)), 'row, column of the most similar key cell, and the cosine'),
-      shown(image().inside ? 'spatial match' : 'same place', found.spatial < 0 ? 'not in the other view' : where(found.spatial, text(row[found.spatial], 2)),
-            'row, column of the key cell at the same place, and the cosine'),
+      lineOf('cell', node('b', {}, place(state.cell)), 'row, column'),
+      lineOf('best match', where(found.best, text(found.cosine)), 'row, column of the most similar key cell, and the cosine'),
+      lineOf(image().inside ? 'spatial match' : 'same place',
+              where(found.spatial, text(row[found.spatial], 2), 'not in the other view'),
+              'row, column of the key cell at the same place, and the cosine'),
+      image().truth ? lineOf('ground truth', where(found.truth, text(row[found.truth], 2), 'not measured'),
+                              'from the measured disparity') : '',
+      lineOf('best match is off by', found.off == null ? '–' : `${text(found.off, 1)} cells`,
+              'distance to the ground truth, or to the spatial match'),
+      lineOf('in the overlap', known, 'whether the other view sees the cell; of two photos no boxes tell'),
+      lineOf(`${method()} weight`, node('b', {}, text(found.weight)), 'weight of this cell in the dense loss'),
     ]
-    if (image().truth) rows.push(shown('ground truth', found.truth < 0 ? 'not measured' : where(found.truth, text(row[found.truth], 2)), 'from the measured disparity'))
-    rows.push(shown('best match is off by', found.off == null ? '–' : `${text(found.off, 1)} cells`, 'distance to the ground truth, or to the spatial match'))
-    rows.push(shown('in the overlap', known), shown(`${method()} weight`, node('b', {}, text(found.weight)), 'weight of this cell in the dense loss'))
     table.replaceChildren(node('table', {}, node('tbody', {}, rows)))
-    losses.replaceChildren(...showLogits(logit))
-    spoken.textContent = `cell ${place(state.cell)}, best match ${place(found.best)}, cosine ${text(found.cosine)}, weight ${text(found.weight)}`
+    spoken.textContent = `cell ${place(state.cell)}, best match ${place(found.best)}, cosine ${text(found.cosine)}, ` +
+                         `weight ${text(found.weight)}`
   }
 
   function showLogits(logit) {
-    if (!network().dense) return [node('p', { class: 'note' }, network().note)]
-    if (!logit) return [node('p', { class: 'note' }, 'This cell has no positive and takes no part.')]
+    const note = (...words) => node('p', { class: 'note' }, words)
+    if (!network().dense) return losses.replaceChildren(note(network().note))
+    if (!logit) return losses.replaceChildren(note('This cell has no positive and takes no part.'))
     const one = (name, value, part, colour) =>
-      node('div', { class: 'logit', 'data-name': name }, node('span', {}, name), node('i', { style: `width: ${100*part}%; background: ${colour}` }),
+      node('div', { class: 'logit', 'data-name': name }, node('span', {}, name),
+           node('i', { style: `width: ${100*part}%; background: ${colour}` }),
            node('span', {}, value == null ? '' : text(value, 2)), node('span', {}, `${text(100*part, 1)} %`))
-    return [node('div', { class: 'logit note' }, node('span', {}, ''), node('span', {}, ''), node('span', {}, 'logit'), node('span', {}, 'softmax')),
-            one('positive', logit.nearest, logit.part(logit.nearest), colours.positive),
-            ...logit.hardest.map((l, i) => one(`negative ${i + 1}`, l, logit.part(l), colours.negative)),
-            logit.n > logit.hardest.length ? one(`${logit.n - logit.hardest.length} more`, null, logit.rest, colours.queue) : '',
-            node('p', { class: 'note' }, 'loss ', node('b', { 'data-name': 'loss' }, text(logit.loss)), '. Hardest negatives first. ', network().note)]
+    const { n, nearest, hardest, part, rest, loss } = logit
+    const left = n - hardest.length
+    losses.replaceChildren(
+      node('div', { class: 'logit note' }, ['', '', 'logit', 'softmax'].map(word => node('span', {}, word))),
+      one('positive', nearest, part(nearest), colours.positive),
+      ...hardest.map((l, i) => one(`negative ${i + 1}`, l, part(l), colours.negative)),
+      left > 0 ? one(`${left} more`, null, rest, colours.queue) : '',
+      note('loss ', node('b', { 'data-name': 'loss' }, text(loss)), '. Hardest negatives first. ', network().note))
   }
 
   const pinColour = p => about.pins[state.pins.indexOf(p) % about.pins.length]
@@ -505,21 +567,25 @@ function pairs(model, root) {
     const names = ['pinned cell', 'best match', 'cosine', 'off by', 'in the overlap', `${method()} weight`]
     const rows = mine.map(p => {
       const f = numbers(p.cell, weight)
-      return [[node('span', { class: 'dot', style: `background: ${pinColour(p)}` }), place(p.cell)], place(f.best), text(f.cosine),
-              f.off == null ? '–' : text(f.off, 1), f.inside == null ? '–' : f.inside ? 'yes' : 'no', text(f.weight)]
+      return [[node('span', { class: 'dot', style: `background: ${pinColour(p)}` }), place(p.cell)], place(f.best),
+              text(f.cosine), text(f.off, 1), f.inside == null ? '–' : f.inside ? 'yes' : 'no', text(f.weight)]
     })
-    pinned.replaceChildren(node('table', {}, node('thead', {}, node('tr', {}, names.map(name => node('th', {}, name)))),
-                                node('tbody', {}, rows.map(row => node('tr', {}, row.map(value => node('td', {}, value)))))))
+    const row = (tag, values) => node('tr', {}, values.map(value => node(tag, {}, value)))
+    pinned.replaceChildren(node('table', {}, node('thead', {}, row('th', names)),
+                                node('tbody', {}, rows.map(values => row('td', values)))))
   }
 
   function showLegend() {
     const by = method() === 'Coord' ? 'spatial' : 'best'
     const entry = (name, words) => {
       const colour = name === by ? colours.positive : '#222'
-      return node('span', {}, draw('svg', { viewBox: '-.1 -.1 1.2 1.2' }, shapes[name](0, 0, .38, colour, name === by)), words + (name === by ? ' = positive' : ''))
+      const icon = draw('svg', { viewBox: '-.1 -.1 1.2 1.2' }, shapes[name](0, 0, .38, colour, name === by))
+      return node('span', {}, icon, words + (name === by ? ' = positive' : ''))
     }
-    legend.replaceChildren(entry('best', 'best match'), entry('spatial', image().inside ? 'spatial match' : 'same place'),
-                           image().truth ? entry('truth', 'ground truth') : '', image().inside ? node('span', {}, 'dashed: seen by both views') : '')
+    const photo = image().inside
+    legend.replaceChildren(entry('best', 'best match'), entry('spatial', photo ? 'spatial match' : 'same place'),
+                           image().truth ? entry('truth', 'ground truth') : '',
+                           photo ? node('span', {}, 'dashed: seen by both views') : '')
   }
 
   function show() {
@@ -530,13 +596,15 @@ function pairs(model, root) {
     key.image.src = sources[state.image][1 - v]
     query.tag.textContent = `query: ${names[v]}`
     key.tag.textContent = `key: ${names[1 - v]}, ${about.networks[state.network]}`
-    query.box.setAttribute('aria-label', `${names[v]} of ${image().name}, the query: ${grid().join(' by ')} cells, move with the arrow keys`)
+    query.box.setAttribute('aria-label', `${names[v]} of ${image().name}, the query: ` +
+                           `${grid().join(' by ')} cells, move with the arrow keys`)
     const weight = weights()
     const found = numbers(state.cell, weight)
     const where = layout()
     const row = showHeat(found, weight)
     showShapes(found, weight, where)
-    showNumbers(found, row, logits(state.cell, found))
+    showNumbers(found, row)
+    showLogits(logits(state.cell, found))
     showMaps()
     showLegend()
     showPins(weight)
@@ -567,9 +635,11 @@ function gallery(model, root) {
     strip(about.images, sources, () => state.image, i => change({ image: i, cell: about.images[i].cell })),
     choice('network', about.networks, () => state.network, i => change({ network: i })),
   ]
-  const help = node('p', { class: 'note help' }, `Point at a cell, or move with the arrow keys: its nearest cells in the other images, the nearest image first.`,
-                    node('span', { class: 'keys' }, about.networks.length > 1 ? ` Keys 1 to ${about.networks.length} choose the network.` : ''))
-  const body = node('div', { class: 'body', style: 'grid-template-columns: minmax(200px, 300px) minmax(0, 1fr)' }, node('div', {}, stage, help), tiles)
+  const own = about.networks.length > 1 ? ` Keys 1 to ${about.networks.length} choose the network.` : ''
+  const help = node('p', { class: 'note help' },
+                    'Point at a cell, or move with the arrow keys: its nearest cell in each other image, nearest image first.',
+                    node('span', { class: 'keys' }, own))
+  const body = node('div', { class: 'body gallery' }, node('div', {}, stage, help), tiles)
   root.append(parts[0][0], node('div', { class: 'bar' }, parts[1][0]), body, spoken)
   const point = cell => { if (cell !== state.cell) change({ cell }) }
   const keys = Object.fromEntries(about.networks.map((_, i) => [i + 1, () => change({ network: i })]))
@@ -578,8 +648,10 @@ function gallery(model, root) {
 
   function tile(number, cell, cosine) {
     const [h, w] = about.images[number].grid
-    const mark = draw('svg', { class: 'over', viewBox: `0 0 ${w} ${h}` }, square(cell % w, Math.floor(cell/w), about.colours.positive))
-    return node('div', { class: 'tile' }, node('div', {}, node('img', { src: sources[number], alt: about.images[number].name }), mark),
+    const mark = draw('svg', { class: 'over', viewBox: `0 0 ${w} ${h}` },
+                      square(cell % w, Math.floor(cell/w), about.colours.positive))
+    const picture = node('img', { src: sources[number], alt: about.images[number].name })
+    return node('div', { class: 'tile' }, node('div', {}, picture, mark),
                 node('b', {}, text(cosine)), ` ${about.images[number].name}`)
   }
 
@@ -598,7 +670,8 @@ function gallery(model, root) {
     const from = state.cell*n
     const [numbers, cells, cosines] = [near.image, near.cell, near.cosine].map(a => take(a).subarray(from, from + n))
     tiles.replaceChildren(...Array.from(numbers, (number, i) => tile(number, cells[i], cosines[i])))
-    spoken.textContent = `cell ${Math.floor(state.cell/w) + 1}, ${state.cell % w + 1}: nearest in ${about.images[numbers[0]].name}, cosine ${text(cosines[0])}`
+    spoken.textContent = `cell ${Math.floor(state.cell/w) + 1}, ${state.cell % w + 1}: nearest in ` +
+                         `${about.images[numbers[0]].name}, cosine ${text(cosines[0])}`
   }
   show()
   return stop
@@ -609,7 +682,8 @@ function gallery(model, root) {
 function render({ model, el }) {
   const host = node('div')
   const { colours, kind } = model.get('about')
-  const root = node('div', { class: 'root', style: `--query: ${colours.query}; --key: ${colours.key}; --on: ${colours.on}` })
+  const style = `--query: ${colours.query}; --key: ${colours.key}; --on: ${colours.on}`
+  const root = node('div', { class: 'root', style })
   host.attachShadow({ mode: 'open' }).append(node('style', {}, css), root)
   el.append(host)
   return (kind === 'gallery' ? gallery : pairs)(model, root)
