@@ -372,7 +372,7 @@ function pairs(model, root) {
     choice('positives by', about.methods, () => state.method, i => change({ method: i })),
     slider('γ', 'power of the weights (gamma)', about.gammas, () => state.gamma, gamma => change({ gamma })),
     slider('τ', 'temperature of the dense loss (tau)', about.taus, () => state.tau, tau => change({ tau })),
-    choice('show', ['photo', 'weights', 'best cosine'], () => state.overlay, i => change({ overlay: i })),
+    choice('query shows', ['photo', 'weights', 'cosines'], () => state.overlay, i => change({ overlay: i })),
     choice('colours for', ['the cell', 'the pair'], () => state.range, i => change({ range: i })),
   ]
   const parts = [images, networks, methods, gamma, tau, overlay, range]
