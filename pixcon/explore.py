@@ -572,6 +572,7 @@ def _gallery_views(photos, networks, size):
             made.append(resized_crop(x, *_cut(x, shape), to, antialias=True))
     return views, shown, grids
 
+# %% ../nbs/14_explore.ipynb #14-62a
 def explore_gallery(run='kept', images=None, # as for `explore`, two images or more
                     size=None, # long side of an image in pixels, as for `explore`
                     nearest=6, most=24): # other images shown for a cell, images taken at most
