@@ -5,7 +5,7 @@ const css = `
 :host { display: block }
 * { box-sizing: border-box }
 [hidden] { display: none !important }
-.root { container-type: inline-size; font-size: 14px; line-height: 1.4; color: inherit; max-width: 1100px;
+.root { container-type: inline-size; font-size: 14px; line-height: 1.4; color: inherit; max-width: 1100px; padding: 2px;
         --line: color-mix(in srgb, currentColor 28%, transparent);
   --soft: color-mix(in srgb, currentColor 9%, transparent) }
 .bar { display: flex; flex-wrap: wrap; gap: 6px 16px; align-items: center; margin: 0 0 10px }

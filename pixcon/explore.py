@@ -386,9 +386,10 @@ class Explorer:
         "All of it as a piece of HTML that stands on its own; several fit into one page."
         told = json.dumps(dict(about=self.about, data=base64.b64encode(self.data).decode()))
         told = told.replace('<', '\\u003c')                      # nothing in it ends the script
-        still = BytesIO()
-        Image.open(BytesIO(self.picture)).convert('RGB').save(still, 'JPEG', quality=45)
-        picture = base64.b64encode(still.getvalue()).decode()
+        small, file = Image.open(BytesIO(self.picture)).convert('RGB'), BytesIO()
+        small.thumbnail((640, 640))
+        small.save(file, 'JPEG', quality=50)                       # for those who run no script
+        picture = base64.b64encode(file.getvalue()).decode()
         return ('<div data-pixcon-explore="">'
                 f'<img src="data:image/jpeg;base64,{picture}" alt="{escape(repr(self))}" '
                 'style="max-width: 100%; background: white">'
