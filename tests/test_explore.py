@@ -289,6 +289,27 @@ def test_page_without_a_kernel(browser, tmp_path):
     page.close()
 
 
+@needs_browser
+def test_on_a_phone(browser, tmp_path):
+    "The views stand one above the other, nothing is wider than the screen; one tap points, another pins."
+    explore(whole(), Scenes(2, seed=7), size=64).save(tmp_path/'page.html')
+    context = browser.new_context(viewport=dict(width=390, height=844), has_touch=True, is_mobile=True)
+    page = context.new_page()
+    page.goto((tmp_path/'page.html').as_uri())
+    query, key = page.locator('.view.query'), page.locator('.view.key')
+    top, below = query.bounding_box(), key.bounding_box()
+    assert below['y'] > top['y'] + top['height'] and top['width'] > 330
+    assert page.evaluate('document.documentElement.scrollWidth') <= 390
+    query.tap(position=dict(x=5, y=5))
+    assert said(page, 'cell') == '1, 1' and not page.locator('.pins tr').count()
+    query.tap(position=dict(x=5, y=5))
+    assert page.locator('.pins tbody tr').count() == 1
+    before = said(page, 'best match')
+    page.get_by_role('button', name='image 2').tap()
+    assert said(page, 'best match') != before and not page.locator('.pins tr').count()
+    context.close()
+
+
 @contextlib.contextmanager
 def jupyterlab(folder):
     "The address of a JupyterLab whose files are those of a folder."
@@ -335,7 +356,7 @@ def test_in_jupyterlab(browser, tmp_path):
         page.locator('.jp-CodeCell .cm-content').first.click(timeout=60_000)
         page.keyboard.press('Shift+Enter')
         widget = page.locator('.jp-OutputArea-output .root').first
-        widget.locator('.view.query').wait_for(timeout=60_000)
+        widget.locator('.view.query').wait_for(timeout=120_000)
         one = check_a_cell(widget, photo, net, 6)
         assert not torch.equal(one, check_a_cell(widget, photo, net, 9))
         loss = float(widget.locator('[data-name=loss]').inner_text())
