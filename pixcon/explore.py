@@ -436,6 +436,8 @@ def widget(self:Explorer):
 def _live():
     "Whether somebody sits before this kernel (Jupyter, VS Code, Colab; not papermill or nbconvert)."
     shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
+    history = getattr(getattr(shell, 'history_manager', None), 'hist_file', '')
+    if history == ':memory:': return False                         # so nbclient starts its kernels
     in_code = '__vsc_ipynb_file__' in getattr(shell, 'user_ns', {})
     return in_code or 'google.colab' in sys.modules or bool(os.environ.get('JPY_SESSION_NAME'))
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 import nbformat
 import numpy as np
 import pytest
@@ -165,6 +166,9 @@ def test_without_anywidget_the_page_is_shown(monkeypatch):
     pytest.importorskip('anywidget', reason='anywidget is not installed')
     monkeypatch.setenv('JPY_SESSION_NAME', 'some.ipynb')
     assert 'application/vnd.jupyter.widget-view+json' in explorer._repr_mimebundle_()
+    from_a_cell = SimpleNamespace(history_manager=SimpleNamespace(hist_file=':memory:'))
+    monkeypatch.setattr('IPython.get_ipython', lambda: from_a_cell)  # papermill, called in a notebook
+    assert list(explorer._repr_mimebundle_()) == ['text/plain', 'text/html', 'image/png']
 
 
 def test_page_stands_alone():
