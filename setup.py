@@ -8,7 +8,7 @@ config = ConfigParser(delimiters=['='])
 config.read('settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
 
-extras = {name: cfg[f'{name}_requirements'].split() for name in ('dev', 'onnx', 'hub', 'track', 'frameworks')}
+extras = {name: cfg[f'{name}_requirements'].split() for name in ('dev', 'onnx', 'hub', 'track', 'explore', 'frameworks')}
 extras['dev'] += extras['onnx'] + extras['hub']
 
 readme = Path('README.md').read_text(encoding='utf-8')             # an index shows it alone: links to the repository
@@ -27,7 +27,7 @@ classifiers = [
 setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], author=cfg['author'],
       license='Apache-2.0', license_files=['LICENSE'], keywords=cfg['keywords'].split(), classifiers=classifiers,
       url=cfg['git_url'], project_urls={'Source': cfg['git_url'], 'Paper': cfg['paper_url']},
-      packages=[cfg['lib_path']], package_data={cfg['lib_name']: ['trained/*']},
+      packages=[cfg['lib_path']], package_data={cfg['lib_name']: ['trained/*', 'explore.js']},
       python_requires='>=' + cfg['min_python'],
       install_requires=cfg['requirements'].split(), extras_require=extras,
       long_description=readme, long_description_content_type='text/markdown')
