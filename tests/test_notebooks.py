@@ -14,7 +14,7 @@ from pixcon.config import PretrainConfig
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 NUMBERED = [p for p in NOTEBOOKS if p.name[0].isdigit()]
-METHOD = [p for p in NUMBERED if p.name[:2] in ('00', '01', '02', '03', '05', '06', '07', '08')]
+METHOD = [p for p in NUMBERED if p.name[:2] <= '08']
 PLAIN = ('index', 'quickstart')                                   # unnumbered, read and run but without parameters
 PAPERMILL = [p for p in NOTEBOOKS if not p.name[0].isdigit() and p.stem not in PLAIN]
 MAP = '''00_plot 01_data 02_scenes 03_augment 04_encoder 05_matching 06_reweight 07_loss 08_model 09_config 10_run
