@@ -1,5 +1,6 @@
 """The contract that every notebook keeps, so that it reads, exports, tests and runs under papermill alike."""
 import ast
+import base64
 import configparser
 import json
 import re
@@ -13,7 +14,9 @@ from pixcon.config import PretrainConfig
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 NUMBERED = [p for p in NOTEBOOKS if p.name[0].isdigit()]
-PAPERMILL = [p for p in NOTEBOOKS if not p.name[0].isdigit() and p.stem != 'index']
+METHOD = [p for p in NUMBERED if p.name[:2] <= '08']
+PLAIN = ('index', 'quickstart')                                   # unnumbered, read and run but without parameters
+PAPERMILL = [p for p in NOTEBOOKS if not p.name[0].isdigit() and p.stem not in PLAIN]
 MAP = '''00_plot 01_data 02_scenes 03_augment 04_encoder 05_matching 06_reweight 07_loss 08_model 09_config 10_run
          11_distributed 12_training 13_plan 14_explore 15_labelled 16_probe 17_segment 18_objects 19_detect 20_export
          21_keypoints 22_study 23_watch'''.split()
@@ -137,6 +140,44 @@ def test_no_private_name_crosses_a_wall(path):
     "A name that begins with an underscore stays in its module."
     own = path.stem.split('_', 1)[1] if path in NUMBERED else ''
     assert not [name for module, name in imports(code_of(path)) if name.startswith('_') and module != own]
+
+
+@each(METHOD)
+def test_course(path):
+    "Opens with what the reader can do at its end, and closes with exercises, their answers and links."
+    opening = source(cells(path)[1])
+    assert opening.startswith('*At the end you can*') and '*Before it*:' in opening
+    prose = '\n'.join(source(c) for c in cells(path, 'markdown'))
+    exercises = prose.split('## Exercises')[1].split('\n## ')[0]
+    assert len(re.findall(r'^\d\. ', exercises, re.M)) == exercises.count('<details>') >= 3
+    assert '## What would go wrong' in prose
+    links = prose.split('## Where to go')[1]
+    following = f'{int(path.name[:2]) + 1:02d}_'
+    assert following in links and 'openaccess.thecvf.com' in links
+
+
+@each(METHOD)
+def test_minutes_are_counted(path):
+    "200 words of prose and 20 lines of code a minute, to within a quarter."
+    stated = int(re.search(r'About (\d+) minutes', source(cells(path)[1])).group(1))
+    words = sum(len(source(c).split()) for c in cells(path, 'markdown'))
+    lines = sum(len(source(c).splitlines()) for c in cells(path, 'code'))
+    assert abs(stated - (words/200 + lines/20)) <= stated/4, words/200 + lines/20
+
+
+@each(METHOD)
+def test_pictures_are_wide(path):
+    "At least 800 pixels, so that a reader sees what the text speaks of."
+    for c in cells(path, 'code'):
+        for o in c['outputs']:
+            png = base64.b64decode(o.get('data', {}).get('image/png', ''))
+            if png: assert int.from_bytes(png[16:20], 'big') >= 800, c['id']
+
+
+def test_quickstart():
+    "The loop has fifteen lines, and no cell has more."
+    lengths = [len(source(c).splitlines()) for c in cells(ROOT/'nbs'/'quickstart.ipynb', 'code')]
+    assert max(lengths) == 15
 
 
 @each(PAPERMILL)
