@@ -38,7 +38,7 @@ def test_wheel(built):
     "The modules, the small trained network and the licence; no notebooks, no tests."
     assert built[0].name == f'pixcon-{settings["version"]}-py3-none-any.whl'
     names = set(zipfile.ZipFile(built[0]).namelist())
-    assert {n for n in names if n.startswith('pixcon/')} == MODULES | TRAINED
+    assert {n for n in names if n.startswith('pixcon/')} == MODULES | TRAINED | {'pixcon/explore.js'}
     assert {n.split('/', 1)[1] for n in names if '.dist-info/' in n} >= {'METADATA', 'licenses/LICENSE'}
     assert {n.split('/')[0] for n in names} == {'pixcon', f'pixcon-{settings["version"]}.dist-info'}
 
