@@ -415,6 +415,7 @@ def report(self:Run, line): # dict with at least loss
 # %% ../nbs/10_run.ipynb #10-43
 def in_words(seconds):
     "A length of time in its two largest units."
+    if not math.isfinite(seconds): return 'unknown time'           # a clock that was set
     if seconds < 60: return f'{seconds:.0f} s'
     hours, minutes = divmod(round(seconds/60), 60)
     days, hours = divmod(hours, 24)
