@@ -562,7 +562,7 @@ def curves_png(log, panels=_panels, most=300): # list of dicts, columns of axes,
     axes[0].figure.savefig(file, format='png')
     plt.close(axes[0].figure)
     small = io.BytesIO()                                           # a quarter of the bytes
-    Image.open(file).convert('RGB').quantize(128).save(small, 'png', optimize=True)
+    Image.open(file).convert('RGB').quantize(128, kmeans=2).save(small, 'png', optimize=True)
     return small.getvalue()
 
 # %% ../nbs/10_run.ipynb #10-a2db92
