@@ -77,7 +77,7 @@ def show_strip(out, # run folder
     file = io.BytesIO()
     fig.savefig(file, format='png')
     plt.close(fig)
-    return Image.open(file).convert('RGB').quantize(256)           # a third of the bytes
+    return Image.open(file).convert('RGB').quantize(256, kmeans=4)  # a quarter of the bytes
 
 # %% ../nbs/23_watch.ipynb #23-15
 def animate(out, path, # run folder, file .gif or .webp
