@@ -357,6 +357,7 @@ def test_in_jupyterlab(browser, tmp_path):
     with jupyterlab(tmp_path) as address:
         page = browser.new_page(viewport=dict(width=1280, height=1000))
         page.goto(f'{address}/lab/tree/look.ipynb?reset', timeout=60_000)
+        page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for(timeout=120_000)
         page.locator('.jp-CodeCell .cm-content').first.click(timeout=60_000)
         page.keyboard.press('Shift+Enter')
         widget = page.locator('.jp-OutputArea-output .root').first
