@@ -444,6 +444,7 @@ def report(self:Run, line): # dict with at least loss
 # %% ../nbs/10_run.ipynb #10-43
 def in_words(seconds):
     "A length of time in its two largest units."
+    if not math.isfinite(seconds): return 'unknown time'           # a clock that was set
     if seconds < 60: return f'{seconds:.0f} s'
     hours, minutes = divmod(round(seconds/60), 60)
     days, hours = divmod(hours, 24)
@@ -590,7 +591,7 @@ def curves_png(log, panels=_panels, most=300): # list of dicts, columns of axes,
     axes[0].figure.savefig(file, format='png')
     plt.close(axes[0].figure)
     small = io.BytesIO()                                           # a quarter of the bytes
-    Image.open(file).convert('RGB').quantize(128).save(small, 'png', optimize=True)
+    Image.open(file).convert('RGB').quantize(128, kmeans=2).save(small, 'png', optimize=True)
     return small.getvalue()
 
 # %% ../nbs/10_run.ipynb #10-a2db92
