@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['to_detectron2', 'from_detectron2', 'library_names', 'layouts', 'match_names', 'verify_weights', 'write_weights',
-           'read_weights', 'export_backbone', 'export_own', 'write_card', 'load_backbone', 'hub_folder', 'push_to_hub',
+           'read_weights', 'export_backbone', 'write_card', 'export_own', 'load_backbone', 'hub_folder', 'push_to_hub',
            'from_pretrained', 'verify_onnx', 'export_onnx', 'read_about', 'main']
 
 # %% ../nbs/20_export.ipynb #20-02
@@ -537,6 +537,98 @@ def export_backbone(run, # run folder
         write_card(run, path)
     return path
 
+# %% ../nbs/20_export.ipynb #20-60
+def _table(rows):
+    return '\n'.join(['| | |', '|---|---|', *(f'| {n} | {v} |' for n, v in rows)])
+
+def _data(config):
+    "What a run was trained on, in words."
+    if config['data'] != 'scenes':
+        return f"Unlabelled images from {config['data'].replace(os.pathsep, ' and ')}."
+    n, side, seed = config['scenes'], config['scene_size'], config['seed']
+    return (f"{n} scenes of {side} x {side} pixels, drawn in code "
+            f"(`pixcon.scenes.Scenes`, seed {seed}); no photos.")
+
+def _numbers_of(run):
+    "Numbers of a run's summary.json that are there."
+    path = run/'summary.json'
+    summary = json.loads(path.read_text()) if path.exists() else {}
+    numbers = [(n, v) for n, v in summary.items() if isinstance(v, (int, float))]
+    return [(n, f'{v:.4g}' if isinstance(v, float) else v) for n, v in numbers]
+
+# %% ../nbs/20_export.ipynb #20-61
+def _curves(run, path):
+    "Draws the log beside the weights, and returns the lines of the card that show it."
+    log = read_log(run)
+    if len(log) < 2:
+        return []
+    picture = path.with_suffix('.png')
+    show_curves(log, [['loss', 'loss_uninformed'], 'lr', 'images_per_s'], size=2.6)
+    plt.savefig(picture)
+    plt.close()
+    return ['## Curves', f'![loss, learning rate and speed]({picture.name})',
+            '`loss_uninformed` is what queries pay that know nothing.']
+
+def _load_code(name, file, repo, use=''): # use: how a network of one's own takes the file
+    "Lines of Python that load a file, with pixcon and, for torchvision's networks, without."
+    function, where = ('from_pretrained', repo) if repo else ('load_backbone', file)
+    lines = [
+        f'from pixcon.export import {function}', '',
+        f"backbone = {function}('{where}')  # (N,3,H,W) -> feature map"]
+    if is_own(name) and not repo:
+        lines += ['', '# or without pixcon', f"import {name.partition(':')[0]}",
+                  'from safetensors.torch import load_file', '', *use.splitlines()]
+    if _in_torchvision(name):
+        got = f"hf_hub_download('{repo}', '{file}')" if repo else f"'{file}'"
+        lines += [
+            '', '# or without pixcon',
+            'import torchvision',
+            *(['from huggingface_hub import hf_hub_download'] if repo else []),
+            'from safetensors.torch import load_file', '',
+            f'model = torchvision.models.{name}()',
+            f'model.load_state_dict(load_file({got}), strict=False)']
+    return '\n'.join(['```python', *lines, '```'])
+
+# %% ../nbs/20_export.ipynb #20-62
+def _command(config):
+    "The command that makes such a run: the parameters that its recipe would not choose itself."
+    usual = asdict(PretrainConfig()) | RECIPES[config['recipe']]
+    usual['recipe'] = 'small' if config['data'] == 'scenes' else 'paper'
+    silent = 'out', 'amp', 'workers', 'log_steps', 'save_minutes', 'save_epochs', 'cache', 'track'
+    chosen = {n: v for n, v in config.items() if n not in silent and v != usual.get(n, v)}
+    flags = ''.join(f' -p {n} {shlex.quote(str(v))}' for n, v in chosen.items())
+    return f'```\npapermill nbs/train.ipynb out.ipynb{flags}\n```'
+
+_facts = ('encoder', 'variant', 'step', 'map', 'left_at_random', 'input', 'checked', 'library', 'pixcon')
+
+def write_card(run, # run folder
+               path, # an exported file of it
+               repo=None): # 'user/name' if it goes to the Hugging Face Hub
+    "Writes a model card beside an exported file, FILE.md, and the curves of the log, FILE.png."
+    _, about = read_weights(path)
+    config, name, licence = json.loads(about['config']), about['backbone'], about['licence']
+    library = 'torchvision' if _in_torchvision(name) else 'timm'
+    if is_own(name):
+        library = 'pytorch'
+    numbers = _numbers_of(run)
+    parts = [
+        f'---\nlicense: {licence}\nlibrary_name: {library}\n'
+        'tags: [self-supervised, dense-contrastive, pixcon]\n---',
+        f'# {name}, pre-trained with PixCon',
+        f"The {about['encoder']} encoder's backbone after {about['step']} steps "
+        f"of {config['batch']} images, two views each. No labels were used.",
+        _table([(n.replace('_', ' '), about[n]) for n in _facts]),
+        '## Data', _data(config),
+        '## Made by', _command(config),
+        '## Load', _load_code(name, path.name, repo, about['use'])]
+    if numbers:
+        parts += ['## Numbers', _table(numbers)]
+    parts += _curves(run, path)
+    parts += [
+        '## Parameters', _table(config.items()),
+        '## Licence', f'{licence}, as far as the images allow: their terms may bind the weights, too.', '']
+    path.with_suffix('.md').write_text('\n\n'.join(parts))
+
 # %% ../nbs/20_export.ipynb #20-4d54a6
 def _own_ready(run, layout, encoder):
     "As `_ready`, of a network of one's own."
@@ -596,100 +688,6 @@ def export_own(run, out, layout, encoder, licence): # as for `export_backbone`
     if layout == 'safetensors':
         write_card(run, path)
     return path
-
-# %% ../nbs/20_export.ipynb #20-60
-def _table(rows):
-    return '\n'.join(['| | |', '|---|---|', *(f'| {n} | {v} |' for n, v in rows)])
-
-def _data(config):
-    "What a run was trained on, in words."
-    if config['data'] != 'scenes':
-        return f"Unlabelled images from {config['data'].replace(os.pathsep, ' and ')}."
-    n, side, seed = config['scenes'], config['scene_size'], config['seed']
-    return (f"{n} scenes of {side} x {side} pixels, drawn in code "
-            f"(`pixcon.scenes.Scenes`, seed {seed}); no photos.")
-
-def _numbers_of(run):
-    "Numbers of a run's summary.json that are there."
-    path = run/'summary.json'
-    summary = json.loads(path.read_text()) if path.exists() else {}
-    numbers = [(n, v) for n, v in summary.items() if isinstance(v, (int, float))]
-    return [(n, f'{v:.4g}' if isinstance(v, float) else v) for n, v in numbers]
-
-# %% ../nbs/20_export.ipynb #20-61
-def _curves(run, path):
-    "Draws the log beside the weights, and returns the lines of the card that show it."
-    log = read_log(run)
-    if len(log) < 2:
-        return []
-    picture = path.with_suffix('.png')
-    show_curves(log, [['loss', 'loss_uninformed'], 'lr', 'images_per_s'], size=2.6)
-    plt.savefig(picture)
-    plt.close()
-    return ['## Curves', f'![loss, learning rate and speed]({picture.name})',
-            '`loss_uninformed` is what queries pay that know nothing.']
-
-def _load_code(name, file, repo, use=''): # use: how a network of one's own takes the file
-    "Lines of Python that load a file, with pixcon and, for torchvision's networks, without."
-    function, where = ('from_pretrained', repo) if repo else ('load_backbone', file)
-    lines = [
-        f'from pixcon.export import {function}', '',
-        f"backbone = {function}('{where}')  # (N,3,H,W) -> feature map"]
-    if is_own(name):
-        got = ['from huggingface_hub import hf_hub_download'] if repo else []
-        use = use.replace(f"'{file}'", f"hf_hub_download('{repo}', '{file}')") if repo else use
-        lines += ['', '# or without pixcon', f"import {name.partition(':')[0]}", *got,
-                  'from safetensors.torch import load_file', '', *use.splitlines()]
-    if _in_torchvision(name):
-        got = f"hf_hub_download('{repo}', '{file}')" if repo else f"'{file}'"
-        lines += [
-            '', '# or without pixcon',
-            'import torchvision',
-            *(['from huggingface_hub import hf_hub_download'] if repo else []),
-            'from safetensors.torch import load_file', '',
-            f'model = torchvision.models.{name}()',
-            f'model.load_state_dict(load_file({got}), strict=False)']
-    return '\n'.join(['```python', *lines, '```'])
-
-# %% ../nbs/20_export.ipynb #20-62
-def _command(config):
-    "The command that makes such a run: the parameters that its recipe would not choose itself."
-    usual = asdict(PretrainConfig()) | RECIPES[config['recipe']]
-    usual['recipe'] = 'small' if config['data'] == 'scenes' else 'paper'
-    silent = 'out', 'amp', 'workers', 'log_steps', 'save_minutes', 'save_epochs', 'cache', 'track'
-    chosen = {n: v for n, v in config.items() if n not in silent and v != usual.get(n, v)}
-    flags = ''.join(f' -p {n} {shlex.quote(str(v))}' for n, v in chosen.items())
-    return f'```\npapermill nbs/train.ipynb out.ipynb{flags}\n```'
-
-_facts = ('encoder', 'variant', 'step', 'map', 'left_at_random', 'input', 'checked', 'library', 'pixcon')
-
-def write_card(run, # run folder
-               path, # an exported file of it
-               repo=None): # 'user/name' if it goes to the Hugging Face Hub
-    "Writes a model card beside an exported file, FILE.md, and the curves of the log, FILE.png."
-    _, about = read_weights(path)
-    config, name, licence = json.loads(about['config']), about['backbone'], about['licence']
-    library = 'torchvision' if _in_torchvision(name) else 'timm'
-    if is_own(name):
-        library = 'pytorch'
-    numbers = _numbers_of(run)
-    parts = [
-        f'---\nlicense: {licence}\nlibrary_name: {library}\n'
-        'tags: [self-supervised, dense-contrastive, pixcon]\n---',
-        f'# {name}, pre-trained with PixCon',
-        f"The {about['encoder']} encoder's backbone after {about['step']} steps "
-        f"of {config['batch']} images, two views each. No labels were used.",
-        _table([(n.replace('_', ' '), about[n]) for n in _facts]),
-        '## Data', _data(config),
-        '## Made by', _command(config),
-        '## Load', _load_code(name, path.name, repo, about['use'])]
-    if numbers:
-        parts += ['## Numbers', _table(numbers)]
-    parts += _curves(run, path)
-    parts += [
-        '## Parameters', _table(config.items()),
-        '## Licence', f'{licence}, as far as the images allow: their terms may bind the weights, too.', '']
-    path.with_suffix('.md').write_text('\n\n'.join(parts))
 
 # %% ../nbs/20_export.ipynb #20-67
 def _stride(about, stride):
