@@ -9,7 +9,7 @@ config.read('settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
 
 extras = {name: cfg[f'{name}_requirements'].split() for name in ('dev', 'onnx', 'hub', 'track', 'explore', 'frameworks')}
-extras['dev'] += extras['onnx'] + extras['hub']
+extras['dev'] += extras['onnx'] + extras['hub'] + extras['track']
 
 readme = Path('README.md').read_text(encoding='utf-8')             # an index shows it alone: links to the repository
 readme = re.sub(r'(!\[[^\]]*\]\()(?!\w+:)', rf"\g<1>{cfg['git_url']}/raw/{cfg['branch']}/", readme)

@@ -618,8 +618,9 @@ def look_at_pairs(self:Pretraining, pairs): # of `board_pairs`
     nets = self.model.online.backbone, self.model.target.backbone
     modes = {m: m.training for net in nets for m in net.modules()}
     for net in nets: net.eval()
-    with autocast(self.device, self.dtype):                        # forward is not compiled
-        found = [[net.forward(v) for v in view.unbind(1)] for net in nets]
+    eager = torch.compiler.set_stance('force_eager')               # eval mode is not worth compiling
+    with eager, autocast(self.device, self.dtype):
+        found = [[net(v) for v in view.unbind(1)] for net in nets]
     for m, mode in modes.items(): m.training = mode
     return found
 
