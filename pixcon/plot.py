@@ -227,6 +227,8 @@ def show_curves(log, # list of dicts, or a DataFrame, with the columns named bel
             label = c if len(group) > 1 else None
             sns.lineplot(log[log[c].notna()], x=x, y=c, ax=ax, label=label, color=colour)
         ax.set(ylabel='', title=group[0] if len(group) == 1 else '')
+        if len(group) > 1:                                         # above, where no curve is
+            ax.legend(loc='lower left', bbox_to_anchor=(0, 1), frameon=False, borderaxespad=0)
     sns.despine()
     plt.tight_layout(pad=.4)
     return axes

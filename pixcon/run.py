@@ -582,11 +582,6 @@ def curves_png(log, panels=_panels, most=300): # list of dicts, columns of axes,
     panels = [[name for name in panel if name in names] for panel in panels]
     few.sort(key=lambda line: line['step'])
     axes = show_curves(few, [p for p in panels if p], size=2.9)
-    for ax in axes:
-        if not ax.get_legend(): continue
-        low, high = ax.get_ylim()
-        ax.set_ylim(low, high + .5*(high - low))                   # room for the legend
-        ax.get_legend().set_loc('upper right')
     file = io.BytesIO()
     axes[0].figure.savefig(file, format='png')
     plt.close(axes[0].figure)
