@@ -75,18 +75,21 @@ def read_file(path, reader=load_pth): # reader: a function of the path
     if not path.is_file(): raise FileNotFoundError(f'there is no file {str(path)!r}')
     try: return reader(path)
     except Exception as e:
-        raise ValueError(f'{str(path)!r} is truncated or not a checkpoint ({_reason(e)})') from e
+        raise ValueError(f'{str(path)!r} is truncated or not a checkpoint '
+                         f'({_reason(e)})') from e
 
 # %% ../nbs/10_run.ipynb #10-11
 def append_line(path, line): # file, dict
     "Adds one JSON line to a file."
-    line = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in line.items()}
+    def lost(v): return isinstance(v, float) and not math.isfinite(v)
+    line = {n: None if lost(v) else v for n, v in line.items()}
     with open(path, 'a') as f: f.write(json.dumps(line) + '\n')
 
 def as_dict(text, where): # JSON as str or bytes, what to call it
     "The dict that a text holds; ValueError that begins with where it stands, for what is none."
     try: content = json.loads(text)
-    except (ValueError, RecursionError) as e: raise ValueError(f'{where} is no JSON: {e}') from e
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f'{where} is no JSON: {e}') from e
     if isinstance(content, dict): return content
     raise ValueError(f'{where} holds {str(content)[:60]!r} and no names with values')
 
@@ -239,8 +242,9 @@ class Run:
 def check_format(path, state):
     "Raises ValueError for what is no checkpoint of a run, or one of the first edition."
     kinds = dict(config=dict, step=int, model=dict, identity=dict, seconds=(float, int), skipped=int)
-    absent = [n for n in ('config', 'step', 'model') if not isinstance(state, dict) or n not in state]
-    first = isinstance(state, dict) and ('config' in state and 'format' not in state or 'about' in state)
+    whole = isinstance(state, dict)
+    absent = [n for n in ('config', 'step', 'model') if not whole or n not in state]
+    first = whole and ('config' in state and 'format' not in state or 'about' in state)
     if first:
         raise ValueError(f"{str(path)!r} was written by the first edition of pixcon (version 0.1), "
                          'whose parameters and networks have other names. '
@@ -249,7 +253,8 @@ def check_format(path, state):
         raise ValueError(f"{str(path)!r} is no checkpoint of a run: it has no {', '.join(absent)}")
     wrong = [n for n, kind in kinds.items() if n in state and not isinstance(state[n], kind)]
     if wrong:
-        raise ValueError(f'{str(path)!r} is damaged: its {wrong[0]} is {str(state[wrong[0]])[:60]!r}')
+        found = str(state[wrong[0]])[:60]
+        raise ValueError(f'{str(path)!r} is damaged: its {wrong[0]} is {found!r}')
 
 @patch
 def newest(self:Run):
@@ -262,7 +267,8 @@ def newest(self:Run):
             if path == found[-1]:
                 raise ValueError(f"no checkpoint in {str(self.out)!r} can be read. "
                                  "Choose another `out`, or empty the folder to begin anew") from e
-            warnings.warn(f'{e}. It is set aside as {path.stem}.damaged, and the one before is used')
+            warnings.warn(f'{e}. It is set aside as {path.stem}.damaged, '
+                          'and the one before is used')
             os.replace(path, path.with_suffix('.damaged'))
         else:
             check_format(path, state)
@@ -379,7 +385,8 @@ def check_gradients(self:Run):
     for k, good in enumerate(flags):
         self.skipped += not good
         if good: self.consecutive_skips = 0
-        elif overflow: self.append('skipped.jsonl', dict(step=first + k, images=[], why='fp16 overflow'))
+        elif overflow:
+            self.append('skipped.jsonl', dict(step=first + k, images=[], why='fp16 overflow'))
         else:
             self.consecutive_skips += 1
             names = [name for process in of_process for name in process[k]]
@@ -526,7 +533,8 @@ def _stuck(log):
 def _skips(log):
     "How many of the newest steps were left out, if too many; else ''."
     first, last = log[-min(len(log), 2*LIMITS['lines'][0])], log[-1]
-    skipped, steps = last.get('skipped', 0) - first.get('skipped', 0), last['step'] - first['step']
+    skipped = last.get('skipped', 0) - first.get('skipped', 0)
+    steps = last['step'] - first['step']
     return f'{skipped} of the last {steps} steps' if skipped > LIMITS['skipped'][0]*steps else ''
 
 # %% ../nbs/10_run.ipynb #10-59764d
@@ -735,9 +743,11 @@ def _read_small(path, encoder):
     state = read_file(path, load_file)
     with safe_open(path, 'pt') as file: about = file.metadata() or {}
     if not {'config', 'step', 'encoder'} <= about.keys():
-        raise ValueError(f'{str(path)!r} does not say of which run it is: give a file that pixcon wrote')
+        raise ValueError(f'{str(path)!r} does not say of which run it is: '
+                         'give a file that pixcon wrote')
     if about['encoder'] != encoder:
-        raise ValueError(f"{str(path)!r} holds the {about['encoder']} encoder, not the {encoder} one")
+        raise ValueError(f"{str(path)!r} holds the {about['encoder']} encoder, "
+                         f'not the {encoder} one')
     if not about['step'].isdecimal():
         raise ValueError(f"{str(path)!r} is damaged: its step is {about['step'][:60]!r}")
     config = as_dict(about['config'], f'the record of parameters in {str(path)!r}')
@@ -752,14 +762,16 @@ def read_run(folder, encoder='online'): # run folder, its .safetensors file or '
     if folder.suffix == '.safetensors': return _read_small(folder, encoder)
     path, prefix = folder/'checkpoint.pt', f'{encoder}.backbone.'
     if not path.is_file():
-        raise FileNotFoundError(f'{str(folder)!r} is no run folder: there is no checkpoint.pt in it')
+        raise FileNotFoundError(f'{str(folder)!r} is no run folder: '
+                                'there is no checkpoint.pt in it')
     saved = read_file(path, lambda path: load_pth(path, mmap=True))
     check_format(path, saved)
     _check_network(saved['config'], path)
     own = {n: t for n, t in saved['model'].items() if str(n).startswith(prefix)}
     strange = [n for n, t in own.items() if not torch.is_tensor(t)]
     if strange: raise ValueError(f'{str(path)!r} is damaged: {strange[0]!r} is no tensor')
-    state = {n.removeprefix(prefix): t.clone(memory_format=torch.contiguous_format) for n, t in own.items()}
+    plain = dict(memory_format=torch.contiguous_format)
+    state = {n.removeprefix(prefix): t.clone(**plain) for n, t in own.items()}
     return state, saved['config'], saved['step']
 
 # %% ../nbs/10_run.ipynb #10-57
@@ -778,7 +790,8 @@ def trained_backbone(run, # run folder of train.ipynb, its .safetensors file, or
     if own.keys() != state.keys():
         names = dict(zip(library_weights(backbone, config['backbone']), own))
         state = {names.get(n, n): t for n, t in state.items()}
-    wrong = sorted(own.keys() ^ state.keys()) or [n for n, t in own.items() if t.shape != state[n].shape]
+    wrong = sorted(own.keys() ^ state.keys())
+    wrong = wrong or [n for n, t in own.items() if t.shape != state[n].shape]
     if wrong:
         raise ValueError(f"{len(wrong)} weights of {str(run)!r} don't fit {config['backbone']!r} "
                          f"at stride {config['stride']}, the first is {wrong[0]!r}")

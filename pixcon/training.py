@@ -111,7 +111,7 @@ def free_memory(device):
 
 # %% ../nbs/12_training.ipynb #12-0cd945
 def _estimate(c): # PretrainConfig
-    "Bytes that a part of a step of two images would take; 0 where a model can't tell."
+    "Bytes that a part of a step of two images would take, 0 where a model can't tell."
     try:
         with torch.device('meta'): model = build_model(c)
         held, image = memory(SimpleNamespace(config=c, model=model, device='meta', dtype=None))
@@ -677,7 +677,7 @@ def keep_board(self:Pretraining):
 def colours_of(features): # list of (n,2,S,c) over time
     """The three directions in which cells differ most as red, green and blue, (T,n,2,S,3).
 
-    One basis for all boards; each board's own mean is taken off."""
+    One basis for all boards, of which each has its own mean taken off."""
     every = torch.stack(features).float()
     every = every - every.mean((1, 2, 3), keepdim=True)            # (T,n,2,S,c)
     flat = every.flatten(0, 3)                                     # (cells of all boards,c)

@@ -81,7 +81,7 @@ def show_strip(out, # run folder
 
 # %% ../nbs/23_watch.ipynb #23-15
 def animate(out, path, # run folder, file .gif or .webp
-            n=1, seconds=.6): # how many of the pairs, for each board; three times that for the last
+            n=1, seconds=.6): # how many of the pairs, for each board, three times that for the last
     "Writes the boards of a run as a moving picture; raises ValueError for another kind of file."
     path = Path(path)
     if path.suffix not in ('.gif', '.webp'):
