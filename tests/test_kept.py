@@ -3,6 +3,7 @@ import re
 from dataclasses import asdict, fields
 import pytest
 import torch
+from pixcon.config import RECIPES
 from pixcon.encoder import kept_backbones, kept_weights
 from pixcon.export import load_backbone
 from pixcon.probe import probe_scenes
@@ -24,7 +25,7 @@ def test_the_command_makes_these_names():
     given = {name: int(v) if v.isdigit() else v for name, v in zip(flags[1::3], flags[2::3])}
     now, images = configure(**given)
     usual = {f.name: f.default for f in fields(now)}               # of parameters that came later
-    theirs = usual | config
+    theirs = usual | RECIPES[config['recipe']] | config
     assert {n: v for n, v in asdict(now).items() if n not in own} == {n: v for n, v in theirs.items() if n not in own}
     assert steps == now.epochs*(len(images)//now.batch)
     made = build_model(now).online.backbone.state_dict()

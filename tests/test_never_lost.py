@@ -410,8 +410,8 @@ CACHED = '''
 import json, os, re, sys, tempfile, torch
 from pixcon import data, distributed, training
 read = []
-own = data.read_image
-data.read_image = lambda path: read.append(str(path)) or own(path)
+own = data.read_quietly
+data.read_quietly = lambda path, *more: read.append(str(path)) or own(path, *more)
 distributed.join()
 c, images = training.configure(**json.loads(sys.argv[1]))
 kept = training.cached(images)
