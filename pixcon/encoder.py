@@ -160,6 +160,7 @@ def own_network(name): # such as 'my_package.my_module:build'
     raise ValueError(f"backbone {name!r} must return a torch.nn.Module, "
                      f"it returned a {type(net).__name__}")
 
+# %% ../nbs/04_encoder.ipynb #04-23bb61
 def _take_map(net, args, out, name='', stride=None): # as a forward hook gets them
     "The last map of several, or the last of the wanted stride."
     if isinstance(out, dict): out = list(out.values())
@@ -181,6 +182,7 @@ def part_of(net, part, name, stride=None): # of `own_network`, '' for all of it,
     net.register_forward_hook(partial(_take_map, name=name, stride=stride))
     return net
 
+# %% ../nbs/04_encoder.ipynb #04-66359c
 def backbone_source(name, part=''):
     "File of a network of one's own and the file's hash, a dict; empty for a library's."
     if not is_own(name): return {}
@@ -256,6 +258,7 @@ def _trial(backbone, size, images): # a copy in train mode, pixels per side, ima
                          f"from {many} of {size} pixels: take larger views, "
                          "or more images at once") from None
 
+# %% ../nbs/04_encoder.ipynb #04-de9420
 def check_backbone(backbone, # nn.Module
                    size, images=2): # pixels per side of a view, images that pass it at once
     "Raises ValueError for a network that can't be pre-trained, and says why."

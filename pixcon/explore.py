@@ -375,6 +375,7 @@ def _source():
     lines = map(str.strip, module.read_text(encoding='utf-8').splitlines())
     return '\n'.join(line for line in lines if line and not line.startswith(('//', '/*')))
 
+# %% ../nbs/14_explore.ipynb #14-324e44
 class Explorer:
     "What `explore` returns: a widget where a kernel is at hand, a page that needs none, a picture."
     def __init__(self, about, # dict of what there is to see

@@ -661,16 +661,10 @@ def _use_own(about, layout, file):
 def _own_described(about, layout, backbone, reference, file, licence):
     "As `_described`, of a network of one's own."
     whole, needed, _ = reference
-    size, source = int(about['size']), backbone_source(about['backbone'], about['part'])
-    c, h, w = feature_shape(backbone, size)
-    return about | dict(
-        layout=layout,
-        pixcon=__version__,
+    source = backbone_source(about['backbone'], about['part'])
+    return _of_any_file(about, backbone, layout, licence) | dict(
         library=f"{Path(source['file']).name}, SHA-256 {source['sha256'][:12]}",
-        map=f'{c} channels, {h} x {w} cells for an image of {size} x {size} pixels',
         left_at_random=', '.join(_rest(whole.state_dict(), needed)) or 'nothing',
-        input=f'RGB in [0,1], minus {list(imagenet_mean)}, divided by {list(imagenet_std)}',
-        licence=licence,
         use=_use_own(about, layout, file),
         checked=f"names and features (to 1e-06 of the largest) of this file in {about['backbone']}")
 

@@ -371,6 +371,7 @@ def _rows(values, width, where):
                          f"the first is {str(values[0])[:60]}")
     return rows.reshape(-1, width)
 
+# %% ../nbs/21_keypoints.ipynb #21-e2b50c
 def _read_json(path):
     "The content of a JSON file that holds a dict."
     try:

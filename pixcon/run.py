@@ -754,6 +754,7 @@ def _read_small(path, encoder):
     _check_network(config, path)
     return state, config, int(about['step'])
 
+# %% ../nbs/10_run.ipynb #10-885ef5
 def read_run(folder, encoder='online'): # run folder, its .safetensors file or 'kept', 'online' or 'target'
     "Tensors of one encoder's backbone, the run's parameters (dict) and the steps made."
     folder = Path(str(kept_weights) if str(folder) == 'kept' else folder).expanduser()
