@@ -98,16 +98,19 @@ class LabelledImages:
         codes = codes or {c: c for c in range(self.classes)}
         self.lowest, self.table = _code_table(codes, self.ignore)
 
-    @property
-    def paths(self): return [image for image, _ in self.pairs]
+# %% ../nbs/15_labelled.ipynb #15-35d513
+@patch(as_prop=True)
+def paths(self:LabelledImages): return [image for image, _ in self.pairs]
 
-    def __len__(self): return len(self.pairs)
+@patch
+def __len__(self:LabelledImages): return len(self.pairs)
 
-    def __repr__(self):
-        about = f"{self.kind}, {self.classes} classes"
-        if self.unlabelled:
-            about += f", {self.unlabelled:,} images without a label left out"
-        return f"{len(self):,} labelled images ({about})"
+@patch
+def __repr__(self:LabelledImages):
+    about = f"{self.kind}, {self.classes} classes"
+    if self.unlabelled:
+        about += f", {self.unlabelled:,} images without a label left out"
+    return f"{len(self):,} labelled images ({about})"
 
 # %% ../nbs/15_labelled.ipynb #15-fd564e
 @patch
