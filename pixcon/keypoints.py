@@ -394,6 +394,7 @@ def _check_split(split, there):
         raise ValueError(f"there is no split {split!r}, there are: {', '.join(sorted(there))}")
 
 # %% ../nbs/21_keypoints.ipynb #21-58
+_spair_texts = 'src_imname', 'trg_imname', 'category'
 _spair_names = 'src_imname', 'trg_imname', 'category', 'src_kps', 'trg_kps', 'trg_bndbox'
 
 def _spair(root, split):
@@ -404,10 +405,13 @@ def _spair(root, split):
     for path in sorted((annotations/split).glob('*.json')):
         p = _read_json(path)
         _need(p, _spair_names, repr(str(path)))
-        strange = [n for n in ('src_imname', 'trg_imname', 'category') if not isinstance(p[n], str)]
+        strange = [n for n in _spair_texts if not isinstance(p[n], str)]
         if strange:
             value = str(p[strange[0]])[:60]
             raise ValueError(f"{strange[0]} in {str(path)!r} is {value}, no text")
+        long = [n for n in _spair_texts if len(p[n].encode(errors='replace')) > 255]
+        if long:
+            raise ValueError(f"{long[0]} in {str(path)!r} is longer than a file's name may be")
         points = [_rows(p[n], 2, f"{n} in {str(path)!r}").flip(1)
                   for n in ('src_kps', 'trg_kps')]                 # (n,2) each
         if not any(len(x) for x in points):

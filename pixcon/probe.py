@@ -9,7 +9,7 @@ __all__ = ['variant_names', 'score_names', 'scores', 'resized', 'cell_features',
            'probe_result', 'read_results', 'results_table']
 
 # %% ../nbs/16_probe.ipynb #16-02
-import json, math, tempfile, warnings
+import json, math, os, tempfile, warnings
 from contextlib import contextmanager
 from pathlib import Path
 import matplotlib.pyplot as plt
@@ -508,6 +508,12 @@ def _read_result(path):
     for name, kind in kinds.items():
         if name in result and not isinstance(result[name], kind):
             raise ValueError(f"{str(path)!r} is no result: its {name} is {str(result[name])[:60]!r}")
+    for name in kinds.keys() & result.keys():
+        value = result[name]
+        try: fits = not isinstance(value, str) or os.fsencode(value) is not None
+        except UnicodeEncodeError: fits = False                    # half a character
+        if not fits or isinstance(value, int) and abs(value) >= 2**53:
+            raise ValueError(f"{str(path)!r} is no result: its {name} is {ascii(value)[:60]}")
     return result
 
 # %% ../nbs/16_probe.ipynb #16-97

@@ -374,3 +374,21 @@ def test_sizes_that_fit(tmp_path):
     refuse_too_large(paper, images, 8e9)
     with pytest.raises(ValueError, match='lower size, got 2000'): refuse_too_large(replace(paper, size=2000), images, 1e9)
     refuse_too_large(configure(out=tmp_path/'run')[0], images, 1e9)
+
+
+@pytest.mark.parametrize('wrong,named', [(dict(miou=10**400), 'miou'), (dict(data='\ud800'), 'data'), (dict(epochs=2**60), 'epochs')])
+def test_results_that_no_table_can_hold(tmp_path, wrong, named):
+    "An integer that is no float, half a character: named and passed over, the others are shown; an odd name is not."
+    good = dict(task='segment', data=ODD, variant='sr', seed=0, miou=42.)
+    for k, content in enumerate((good, good | wrong)): (tmp_path/f'result{k}.json').write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match=f'passed over: .*result1.json.* its {named} is'):
+        assert read_results(tmp_path)['value'].tolist() == [42.]
+
+
+def test_a_name_too_long_for_the_system(tmp_path):
+    "Of SPair's photos: a sentence that names the list, not the system's error."
+    for name in ('JPEGImages', 'PairAnnotation/trn'): (tmp_path/name).mkdir(parents=True)
+    pair = dict(src_imname='a'*300, trg_imname='b.jpg', category='cat', src_kps=[[1, 2]], trg_kps=[[2, 2]], trg_bndbox=[0, 0, 9, 9])
+    (tmp_path/'PairAnnotation'/'trn'/'1.json').write_text(json.dumps(pair))
+    with pytest.raises(ValueError, match="src_imname in .*1.json.* is longer than a file's name may be"):
+        open_pairs(str(tmp_path), split='trn')
