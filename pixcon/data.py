@@ -15,7 +15,7 @@ import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr
-from functools import cache
+from functools import cache, lru_cache
 from glob import glob
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -188,21 +188,30 @@ def told(path):
     "A file's name as text that can be printed, whatever its bytes."
     return os.fsencode(path).decode(errors='backslashreplace')
 
+@lru_cache(1)
+def _scratch(process): # its number: a forked one has its own
+    "An empty file without a name, kept open, since a new one for each image costs a tenth of it."
+    return tempfile.TemporaryFile(buffering=0)
+
 @contextmanager
 def _overheard(said): # list that gets the lines
     "Takes what is written on stderr meanwhile, by Python and by C."
-    screen, words = os.dup(2), StringIO()
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            with redirect_stderr(words): yield
-        finally:
-            os.dup2(screen, 2)
-            os.close(screen)
+    file, screen, words = _scratch(os.getpid()), os.dup(2), StringIO()
+    os.dup2(file.fileno(), 2)
+    try:
+        with redirect_stderr(words): yield
+    finally:
+        os.dup2(screen, 2)
+        os.close(screen)
+        text = ''
+        if os.fstat(file.fileno()).st_size:
             file.seek(0)
-            text = file.read().decode(errors='backslashreplace') + words.getvalue()
-            said += [line.strip() for line in text.splitlines() if line.strip()]
+            text = file.read().decode(errors='backslashreplace')
+            file.seek(0)
+            file.truncate()
+        said += [line.strip() for line in (text + words.getvalue()).splitlines() if line.strip()]
 
+# %% ../nbs/01_data.ipynb #01-94a41c
 _remarked = set()                                                      # (list, file) noted by this process
 
 def read_quietly(path, remarks=None, # image file, list of remarks, None to leave them on the screen
